@@ -1,0 +1,114 @@
+"""Attention over compressed keys and values, blockwise, in plain MLX operations."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_turboquant.conditioning import finite_or_zero
+from mlx_turboquant.tensor import CompressedRows, PackedTensor
+
+# Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
+# prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.
+MAX_DIRECT_QUERIES = 8
+# Tokens decoded at a time. 1,024 rows of 8 heads of 128 are 4 MiB in float32, small beside any cache worth packing.
+PIECE_TOKENS = 1024
+
+
+def attend(
+    queries: mx.array,
+    keys: CompressedRows,
+    values: CompressedRows,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Scaled dot-product attention with compressed keys and values.
+
+    Args:
+        queries: (B, H, L, D), the newest L tokens; H a multiple of Hkv.
+        keys: T rows of D per head; the queries' own tokens are the last L of them.
+        values: T rows of Dv per head.
+        scale: factor of the scores.
+        mask: None, "causal", or an array that broadcasts to (B, H, L, T): boolean (True attends) or added to scores.
+        sinks: (H,) attention-sink logits, each one more term in its head's softmax denominator.
+
+    Returns:
+        (B, H, L, Dv) in the dtype of queries. A row whose keys are all masked is 0. Scores and sums are float32, and
+        NaN or infinite entries of raw keys and values count as 0, as they do once they are encoded.
+    """
+    raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
+    if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys.dense(PIECE_TOKENS), values.dense(PIECE_TOKENS), scale=scale, mask=mask, sinks=sinks
+        )
+    return _attend_pieces(queries, keys, values, scale, mask, sinks)
+
+
+class _Softmax(NamedTuple):
+    """A softmax over part of the keys: the largest score, the sum of weights, the weighted values so far."""
+
+    top: mx.array  # (B, Hkv, R, 1)
+    total: mx.array  # (B, Hkv, R, 1)
+    packed: mx.array  # (B, Hkv, R, Dv), in the space that the value quantizer stores
+    raw: mx.array  # (B, Hkv, R, Dv), as the model has them
+
+
+def _attend_pieces(queries, keys, values, scale, mask, sinks) -> mx.array:
+    B, H, L, D = queries.shape
+    _, Hkv, T, Dv = values.shape
+    G = H // Hkv
+    rows = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G * L, D)
+    prepared = keys.quantizer.prepare(rows)
+    mask = _grouped_mask(mask, L, T, Hkv)
+
+    zeros = mx.zeros((B, Hkv, G * L, Dv))
+    if sinks is None:
+        state = _Softmax(mx.full((B, Hkv, G * L, 1), -mx.inf), mx.zeros((B, Hkv, G * L, 1)), zeros, zeros)
+    else:
+        logits = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, Hkv, G, 1), (B, Hkv, G, L))
+        state = _Softmax(logits.reshape(B, Hkv, G * L, 1), mx.ones((B, Hkv, G * L, 1)), zeros, zeros)
+
+    for (start, stop, k), (_, _, v) in zip(keys.segments(PIECE_TOKENS), values.segments(PIECE_TOKENS), strict=True):
+        if isinstance(k, PackedTensor):
+            scores = keys.quantizer.scores(prepared, k)
+        else:
+            scores = rows @ finite_or_zero(k).swapaxes(-1, -2)
+        if mask is not None:
+            scores = _masked(scores.reshape(B, Hkv, G, L, -1), mask[..., start:stop]).reshape(scores.shape)
+        state = _add_piece(state, scores, v, values.quantizer)
+
+    out = (values.quantizer.finish(state.packed) + state.raw) / mx.maximum(state.total, 1e-37)
+    return out.reshape(B, H, L, Dv).astype(queries.dtype)
+
+
+def _add_piece(state: _Softmax, scores: mx.array, v: mx.array | PackedTensor, quantizer) -> _Softmax:
+    top = mx.maximum(state.top, scores.max(axis=-1, keepdims=True))
+    base = mx.where(mx.isinf(top), 0.0, top)  # all keys masked so far: exp(-inf - 0) = 0 where -inf - -inf is NaN
+    shrink = mx.exp(state.top - base)
+    weights = mx.exp(scores - base)
+    packed, raw = state.packed * shrink, state.raw * shrink
+    if isinstance(v, PackedTensor):
+        packed = packed + quantizer.weighted_sum(weights, v)
+    else:
+        raw = raw + weights @ finite_or_zero(v)
+    return _Softmax(top, state.total * shrink + weights.sum(axis=-1, keepdims=True), packed, raw)
+
+
+def _grouped_mask(mask, L: int, T: int, Hkv: int) -> mx.array | None:
+    """The mask with five axes (B, Hkv, G, L, T), any of the first three of length 1."""
+    if mask is None or (isinstance(mask, str) and L == 1):
+        return None
+    if isinstance(mask, str):
+        if mask != "causal":
+            raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
+        mask = mx.arange(T - L, T)[:, None] >= mx.arange(T)[None]
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    heads = mask.shape[1]
+    split = (1, 1) if heads == 1 else (Hkv, heads // Hkv)
+    return mask.reshape(mask.shape[0], *split, *mask.shape[2:])
+
+
+def _masked(scores: mx.array, mask: mx.array) -> mx.array:
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, -mx.inf)
+    return scores + mask.astype(mx.float32)

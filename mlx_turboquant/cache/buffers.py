@@ -1,0 +1,89 @@
+"""Buffers that grow along the token axis, with spare room counted in their bytes."""
+
+import mlx.core as mx
+
+from mlx_turboquant.tensor import PackedTensor
+
+
+class RowBuffer:
+    """Rows (B, Hkv, length, D) in an array with room for more.
+
+    Rows are always copied in and never shared with the array they come from: a slice would keep all of that array.
+    """
+
+    def __init__(self) -> None:
+        self.array: mx.array | None = None
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        return 0 if self.array is None else self.array.nbytes
+
+    def view(self) -> mx.array:
+        """The rows (B, Hkv, length, D)."""
+        full = self.length == self.array.shape[2]
+        return self.array if full else self.array[:, :, : self.length]
+
+    def append(self, rows: mx.array, capacity: int = 0) -> None:
+        """Add rows (B, Hkv, n, D); if they do not fit, move to an array of `capacity` rows, or more if they need it."""
+        stop = self.length + rows.shape[2]
+        if self.array is None or stop > self.array.shape[2]:
+            B, H, _, D = rows.shape
+            grown = mx.zeros((B, H, max(stop, capacity), D), rows.dtype)
+            if self.length:
+                grown[:, :, : self.length] = self.view()
+            self.array = grown
+        self.array[:, :, self.length : stop] = rows
+        self.length = stop
+
+    def keep(self, start: int, stop: int, capacity: int = 0) -> None:
+        """Keep only rows start..stop, in a new array of `capacity` rows, or more if they need it."""
+        rows = self.array[:, :, start:stop]
+        self.array, self.length = None, 0
+        self.append(rows, capacity)
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from `length` on; their room stays."""
+        self.length = length
+
+
+class PackedBuffer:
+    """Packed blocks of one side of a layer: codes, scales and centres in buffers that grow together."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self._parts: list[RowBuffer | None] | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows (tokens) held."""
+        return 0 if self._parts is None else self._parts[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        return sum(part.nbytes for part in self._parts or () if part is not None)
+
+    def view(self) -> PackedTensor:
+        """All packed rows."""
+        return PackedTensor(*(None if part is None else part.view() for part in self._parts))
+
+    def append(self, packed: PackedTensor, expected: int = 0) -> None:
+        """Add encoded blocks. The first time the room is for `expected` rows; later it grows by 1/32 when it must."""
+        blocks = (self.length + packed.length) // self.block
+        if self._parts is None:
+            self._parts = [None if array is None else RowBuffer() for array in packed]
+            room = expected // self.block
+        else:
+            room = blocks + blocks // 32
+        rows_in_block = (self.block, self.block, 1)
+        for part, array, rows in zip(self._parts, packed, rows_in_block, strict=True):
+            if part is not None:
+                part.append(array, room * rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from `length` (whole blocks) on."""
+        for part, rows in zip(self._parts, (length, length, length // self.block), strict=True):
+            if part is not None:
+                part.truncate(rows)

@@ -1,0 +1,337 @@
+"""The cache of one sequence: raw while the prompt is read, compressed from the first decode step on.
+
+Its tokens lie in three parts, any of them empty:
+
+    sinks   raw     (B, Hkv, <= sinks, D)        the first tokens
+    blocks  packed  whole blocks only            encoded once, never touched again
+    tail    raw     (B, Hkv, < block + window, D)  the newest tokens; during a prompt, everything not yet encoded
+"""
+
+import sys
+import warnings
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import create_attention_mask
+
+from mlx_turboquant.attention import MAX_DIRECT_QUERIES
+from mlx_turboquant.binding import ATTENTION, bind, is_bound
+from mlx_turboquant.cache import saved_state
+from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
+from mlx_turboquant.quantizers import make_quantizers
+from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.tensor import CompressedRows
+
+# mlx-lm's prefill loops evaluate `[c.state for c in prompt_cache]` after each chunk of a prompt and never while
+# decoding. That tells a chunk of one token from a decode step, whatever the chunk size.
+PREFILL_LOOPS = ("mlx_lm.generate", "mlx_lm.evaluate")
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+
+
+class TurboQuantKVCache:
+    """A KV cache for one layer with the interface of mlx-lm's ``KVCache``.
+
+    Args:
+        scheme: a ``turbo`` scheme or its text.
+        layer: this layer's number, for messages and reports.
+        module: name of the module whose attention reads this cache; made by `make_prompt_cache`.
+        fingerprint: of the model, see `fingerprint`; stored with the cache.
+
+    When it compresses: in the first decode step, and then one block each `block` steps. A call with one token is a
+    decode step unless a prefill loop of mlx-lm read `state` since the last call. A call with 2 to 8 tokens is a
+    decode step (verifying a draft) if `trim` was called since the last call. Everything else is prompt. `compress`
+    does it at once.
+    """
+
+    def __init__(self, scheme: KVScheme | str, layer: int = 0, module: str = "", fingerprint: str = ""):
+        self.scheme = KVScheme.parse(scheme)
+        if self.scheme.method != "turbo":
+            raise ValueError(f"[TurboQuantKVCache] wants a turbo scheme, got '{self.scheme}'; see make_prompt_cache.")
+        self.layer, self.module, self.fingerprint = layer, module, fingerprint
+        self._must_bind = False  # a loaded cache binds its model's attention when it is first used
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tail = (RowBuffer(), RowBuffer())
+        self._sinks: tuple[mx.array, mx.array] | None = None
+        self._blocks: tuple[PackedBuffer, PackedBuffer] | None = None
+        self._quantizers: tuple[Any, Any] | None = None
+        self._query_squares: mx.array | None = None  # (B, Hkv, D) float32, over the prompt
+        self._chunk_ended = False  # a prefill loop read the state since the last update
+        self._trimmed = False  # trim was called since the last update
+        self._unreported: list[mx.array] = []  # counts of encoded rows that held NaN or Inf
+        self._steps_until_check = 0
+
+    # --- what a model calls -------------------------------------------------------------------------------------
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        """Add the keys (B, Hkv, L, D) and values (B, Hkv, L, Dv) of L tokens.
+
+        Returns:
+            All keys and all values: arrays before anything is compressed, `CompressedRows` after.
+
+        Raises:
+            ValueError: for shapes or dtypes that do not fit this cache, an odd head size, or no tokens.
+            RuntimeError: if the attention that can read compressed rows has been removed from the model.
+        """
+        self._check(keys, values)
+        if decoding := self._is_decode(keys.shape[2]):
+            self._check_bound()
+        self._chunk_ended = self._trimmed = False
+        self._append_to_tail(keys, values)
+        if decoding:
+            self.compress()
+        self._report_nonfinite()
+        return self.keys_and_values()
+
+    def keys_and_values(self):
+        """All keys and all values, as `update_and_fetch` returns them."""
+        if self._blocks is None:
+            return tuple(rows.view() for rows in self._tail)
+        return tuple(
+            CompressedRows(sinks, blocks.view(), tail.view() if tail.length else None, quantizer, self.scheme.block)
+            for sinks, blocks, tail, quantizer in zip(
+                self._sinks or (None, None), self._blocks, self._tail, self._quantizers, strict=True
+            )
+        )
+
+    def observe_queries(self, queries: mx.array) -> mx.array | None:
+        """Add up q_i^2 of a prompt's queries (B, H, L, D) per key head; the sums, or None if the scheme has no use."""
+        if self._quantizers is None or not self._quantizers[0].wants_queries:
+            return None
+        B, H, L, D = queries.shape
+        Hkv = self._tail[0].array.shape[1]
+        squares = mx.square(queries.astype(mx.float32)).reshape(B, Hkv, H // Hkv, L, D).sum(axis=(2, 3))
+        self._query_squares = squares if self._query_squares is None else self._query_squares + squares
+        return self._query_squares
+
+    def make_mask(self, *args: Any, **kwargs: Any):
+        """The mask for the next N tokens, as mlx-lm's ``KVCache`` makes it."""
+        return create_attention_mask(*args, offset=self.offset, **kwargs)
+
+    # --- what mlx-lm asks a cache ---------------------------------------------------------------------------------
+
+    @property
+    def offset(self) -> int:
+        """How many tokens it holds."""
+        return self.sink_tokens + self.block_tokens + self.tail_tokens
+
+    @property
+    def sink_tokens(self) -> int:
+        """Tokens kept raw at the front of a compressed cache."""
+        return 0 if self._sinks is None else self._sinks[0].shape[2]
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in encoded blocks."""
+        return 0 if self._blocks is None else self._blocks[0].length
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens kept raw at the end; all of them while the cache is raw."""
+        return self._tail[0].length
+
+    def size(self) -> int:
+        """How many tokens it holds."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether it holds no tokens."""
+        return self.offset == 0
+
+    def is_trimmable(self) -> bool:
+        """True: any number of newest tokens can be forgotten."""
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held: raw and packed rows with their spare room, scales, centres, statistics."""
+        arrays = [*(self._sinks or ()), self._query_squares, self._balance]
+        buffers = [*self._tail, *(self._blocks or ())]
+        return sum(a.nbytes for a in arrays if a is not None) + sum(b.nbytes for b in buffers)
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of the same tokens in the model's dtype, without spare room."""
+        if self._tail[0].array is None:
+            return 0
+        return sum(
+            self.offset * rows.array.shape[0] * rows.array.shape[1] * rows.array.shape[3] * rows.array.itemsize
+            for rows in self._tail
+        )
+
+    def trim(self, n: int) -> int:
+        """Forget the newest n tokens (or all, if there are fewer) and return how many that was.
+
+        A block that is cut is decoded and its remaining tokens return to the tail.
+        """
+        n = min(n, self.offset)
+        kept = self.offset - n
+        self._trimmed = True
+        if kept == 0:
+            self._reset()
+        elif kept >= self.offset - self.tail_tokens:
+            for rows in self._tail:
+                rows.truncate(rows.length - n)
+        else:
+            self._cut_blocks(kept)
+        return n
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
+        """mlx-lm calls this for ``kv_bits``, which cannot be combined with a scheme.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"[TurboQuantKVCache] This cache already has the scheme '{self.scheme}'; kv_bits={bits} would quantize it "
+            "again. Leave out --kv-bits (kv_bits), or the scheme."
+        )
+
+    # --- compression ----------------------------------------------------------------------------------------------
+
+    def compress(self) -> int:
+        """Encode every whole block that is older than the window, now; return how many tokens were encoded."""
+        block, window = self.scheme.block, self.scheme.window
+        first = self._blocks is None
+        skip = min(self.scheme.sinks, self.tail_tokens) if first else 0
+        stop = skip + max(self.tail_tokens - skip - window, 0) // block * block
+        if stop == skip:
+            return 0
+        keys, values = (rows.view()[:, :, skip:stop] for rows in self._tail)
+        if first:
+            self._sinks = tuple(_copied(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
+            self._blocks = PackedBuffer(block), PackedBuffer(block)
+            self._quantizers[0].fit(keys, self._query_squares)
+        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, (keys, values), strict=True):
+            # In pieces, so that the float32 temporaries of a long prompt stay small beside it.
+            step = max(4096 // block, 1) * block
+            for start in range(0, stop - skip, step):
+                blocks.append(quantizer.encode(rows[:, :, start : start + step]), stop - skip)
+        bad = ~(mx.isfinite(keys).all(axis=-1) & mx.isfinite(values).all(axis=-1))
+        self._unreported.append(bad.sum())
+        self._steps_until_check = 2
+        for rows in self._tail:
+            rows.keep(stop, rows.length, block + window + MAX_DIRECT_QUERIES)
+        return stop - skip
+
+    def _cut_blocks(self, kept: int) -> None:
+        """Keep the first `kept` tokens, which end in a block or in the sinks."""
+        block = self.scheme.block
+        sinks = self._sinks or (None, None)
+        whole, rest = divmod(max(kept - self.sink_tokens, 0), block)
+        tails = []
+        for side, (blocks, quantizer) in enumerate(zip(self._blocks, self._quantizers, strict=True)):
+            rows = []
+            if whole == 0 and sinks[side] is not None:  # no block is left: raw again from the first token
+                rows.append(sinks[side][:, :, :kept])
+            if rest:
+                cut = blocks.view().rows(whole * block, (whole + 1) * block, block)
+                rows.append(quantizer.decode(cut)[:, :, :rest])
+            tails.append(rows)
+            blocks.truncate(whole * block)
+        for tail, rows in zip(self._tail, tails, strict=True):
+            tail.truncate(0)
+            for part in rows:
+                tail.append(part)
+        if whole == 0:
+            self._sinks = self._blocks = None
+            self._quantizers[0].balance = None
+
+    def _is_decode(self, tokens: int) -> bool:
+        if self.empty() or self._chunk_ended or tokens > MAX_DIRECT_QUERIES:
+            return False
+        return tokens == 1 or self._trimmed
+
+    def _append_to_tail(self, keys: mx.array, values: mx.array) -> None:
+        for rows, new in zip(self._tail, (keys, values), strict=True):
+            rows.append(new, -(-(rows.length + new.shape[2]) // 256) * 256)
+
+    @property
+    def _balance(self) -> mx.array | None:
+        return None if self._quantizers is None else self._quantizers[0].balance
+
+    # --- checks ---------------------------------------------------------------------------------------------------
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        where = f"[TurboQuantKVCache] layer {self.layer}:"
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
+            raise ValueError(
+                f"{where} keys and values must be (B, Hkv, L, D) with equal B, Hkv and L > 0, "
+                f"got {keys.shape} and {values.shape}."
+            )
+        if keys.dtype != values.dtype or keys.dtype not in FLOATS:
+            raise ValueError(
+                f"{where} keys and values must both be float16, bfloat16 or float32, "
+                f"got {keys.dtype} and {values.dtype}."
+            )
+        for held, new, name in zip(self._tail, (keys, values), ("keys", "values"), strict=True):
+            if held.array is not None:
+                B, H, _, D = held.array.shape
+                if (B, H, D, held.array.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
+                    raise ValueError(
+                        f"{where} holds {name} of batch {B}, {H} heads, head size {D}, {held.array.dtype}; "
+                        f"got {new.shape}, {new.dtype}. Make a new cache for another batch or model."
+                    )
+        if self._quantizers is None:
+            try:
+                self._quantizers = make_quantizers(self.scheme, keys.shape[3], values.shape[3], keys.dtype)
+            except ValueError as error:
+                raise ValueError(f"{where} scheme '{self.scheme}' cannot store this layer. {error}") from error
+        if self._must_bind:
+            self._must_bind = False
+            if hasattr(sys.modules.get(self.module), ATTENTION):
+                bind(sys.modules[self.module])
+        if self._blocks is not None:
+            self._check_bound()
+
+    def _check_bound(self) -> None:
+        if self.module and not is_bound(self.module):
+            raise RuntimeError(
+                f"[TurboQuantKVCache] layer {self.layer}: the attention of {self.module} cannot read compressed rows "
+                "(it was unhooked, or this is another model's cache). Call mlx_turboquant.hook(model) first."
+            )
+
+    def _report_nonfinite(self) -> None:
+        # Two steps later the counts are computed anyway, so that looking at them does not stall the pipeline.
+        self._steps_until_check -= 1
+        if self._unreported and self._steps_until_check < 0:
+            count, self._unreported = sum(c.item() for c in self._unreported), []
+            if count:
+                warnings.warn(
+                    f"[TurboQuantKVCache] layer {self.layer}: {count} tokens had NaN or Inf in their keys or values; "
+                    "those entries were stored as their block's mean (keys) or 0 (values).",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> tuple:
+        """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`."""
+        state = saved_state.pack(self)
+        if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
+            self._chunk_ended = True
+        return state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        saved_state.restore(self, state)
+
+    @classmethod
+    def from_state(cls, state: Any) -> "TurboQuantKVCache":
+        """The cache that `state` describes.
+
+        Raises:
+            ValueError: if it describes none: another format version, missing parts, shapes that do not fit.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+
+def _copied(rows: mx.array) -> mx.array:
+    buffer = RowBuffer()
+    buffer.append(rows)
+    return buffer.array

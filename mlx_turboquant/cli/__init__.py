@@ -1,0 +1,25 @@
+"""The commands. ``python -m mlx_turboquant COMMAND`` runs any of them; ``mlx_turboquant.COMMAND`` is the same."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "generate": "mlx_lm.generate with --kv-scheme and --kv-report",
+    "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
+    "hook": "make the literal mlx_lm.generate take --kv-scheme (opt-in)",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        listed = "\n".join(f"  {command:14}{what}" for command, what in COMMANDS.items())
+        usage = f"usage: mlx_turboquant COMMAND [arguments]\n\ncommands:\n{listed}"
+        if name in ("-h", "--help"):
+            print(usage)
+            return
+        print(usage if not name else f"{usage}\n\nerror: unknown command {name!r}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"mlx_turboquant.{name}", *sys.argv[2:]]
+    importlib.import_module(f"mlx_turboquant.cli.{name}").main()

@@ -1,0 +1,70 @@
+"""Key centring and balancing: two exact changes of variables that put keys where a quantizer is good.
+
+Keys fail from offsets, not from bits: one constant channel can be tens of times larger than the signal (Qwen2.5's key
+biases), and then any quantizer spends its range on it.
+
+*Centre.* softmax(q.(k - c)) = softmax(q.k) when every key of a head has the same c subtracted. With one c per block
+of tokens, adding q.c to that block's scores is exact again, and follows the slow drift that RoPE gives the offset.
+
+*Balance.* q.k = (q / s).(s k) for any s > 0 per channel. Quantization noise e on s k costs sum_i E q_i^2 e_i^2 / s_i^2;
+after a rotation every e_i^2 is the same share of sum_j s_j^2 E k_j^2. The product of the two sums is least, by
+Cauchy-Schwarz, for s_i = (E q_i^2 / E k_i^2)^(1/4). The expectations are taken over the prompt, seen once.
+"""
+
+import mlx.core as mx
+
+# Channels that queries or keys leave (almost) unused get a share of the mean, so that no factor explodes.
+BALANCE_FLOOR = 1e-2
+
+
+def finite_or_zero(x: mx.array) -> mx.array:
+    """x in float32, with 0 in place of NaN and infinities."""
+    x = x.astype(mx.float32)
+    return mx.where(mx.isfinite(x), x, 0.0)
+
+
+def block_centers(keys: mx.array, block: int) -> mx.array:
+    """The mean key of every block, over finite entries.
+
+    Args:
+        keys: (B, Hkv, T, D), any float dtype, T a multiple of block.
+        block: tokens per centre.
+
+    Returns:
+        (B, Hkv, T / block, D) in the dtype of keys, which is what is stored and therefore what must be subtracted.
+    """
+    B, H, T, D = keys.shape
+    blocks = keys.reshape(B, H, T // block, block, D)
+    count = mx.isfinite(blocks).sum(axis=3)
+    return (finite_or_zero(blocks).sum(axis=3) / mx.maximum(count, 1)).astype(keys.dtype)
+
+
+def subtract_centers(keys: mx.array, centers: mx.array | None) -> mx.array:
+    """Keys (B, Hkv, T, D) less their block's centre, float32; a NaN or infinite entry becomes 0, that is its centre."""
+    if centers is None:
+        return finite_or_zero(keys)
+    B, H, T, D = keys.shape
+    blocks = keys.reshape(B, H, centers.shape[2], -1, D).astype(mx.float32)
+    return finite_or_zero(blocks - centers[:, :, :, None].astype(mx.float32)).reshape(B, H, T, D)
+
+
+def balance_factors(query_squares: mx.array, keys: mx.array) -> mx.array:
+    """The factors s that balance quantization noise between channels.
+
+    Args:
+        query_squares: (B, Hkv, D) float32, the sum of q_i^2 over all queries that read this head (any multiple of it).
+        keys: (B, Hkv, T, D) float32, centred.
+
+    Returns:
+        (B, Hkv, D) float32 with geometric mean 1 per head; all ones where a head has seen no query or no key energy.
+    """
+    q = _floored(query_squares)
+    k = _floored((keys * keys).mean(axis=2))
+    log_s = 0.25 * (mx.log(q) - mx.log(k))
+    return mx.exp(log_s - log_s.mean(axis=-1, keepdims=True))
+
+
+def _floored(energy: mx.array) -> mx.array:
+    energy = energy / mx.maximum(energy.max(axis=-1, keepdims=True), 1e-37)  # its scale cancels in the factors
+    energy = energy + BALANCE_FLOOR * energy.mean(axis=-1, keepdims=True)
+    return mx.where(energy.max(axis=-1, keepdims=True) > 0, energy, 1.0)

@@ -1,0 +1,116 @@
+"""Give an mlx-lm model a compressed prompt cache, and its attention the ability to read it."""
+
+import sys
+import warnings
+from typing import Any
+
+from mlx_lm.models import cache as mlx_lm_cache
+
+from mlx_turboquant.binding import bind, unbind
+from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.fingerprint import fingerprint
+from mlx_turboquant.layers import attention_modules
+from mlx_turboquant.scheme import KVScheme
+
+_WHY_RAW = {
+    "RotatingKVCache": "a sliding window is bounded already: mlx-lm's rotating cache",
+    "ChunkedKVCache": "chunked attention is bounded already: mlx-lm's chunked cache",
+    "ArraysCache": "a recurrent state, not keys and values",
+    "CacheList": "several caches in one layer",
+}
+
+
+def make_prompt_cache(model: Any, max_kv_size: int | None = None, *, kv_scheme: KVScheme | str = "turbo4") -> list[Any]:
+    """A prompt cache for `model`, one entry per layer as mlx-lm's function of this name makes it.
+
+    Layers that hold plain keys and values get a `TurboQuantKVCache`, and their attention is bound (`hook`). Every
+    other layer keeps mlx-lm's cache; `report` names it and says why.
+
+    Args:
+        model: an mlx-lm model.
+        max_kv_size: only with a scheme that is not ``turbo``: mlx-lm's limit.
+        kv_scheme: a `KVScheme` or its text.
+
+    Raises:
+        ValueError: for a scheme that does not parse, or max_kv_size with a turbo scheme.
+
+    Example:
+        >>> cache = make_prompt_cache(model, kv_scheme="turbo4v2")   # doctest: +SKIP
+        >>> mlx_lm.generate(model, tokenizer, "Hello", prompt_cache=cache)   # doctest: +SKIP
+    """
+    scheme = KVScheme.parse(kv_scheme)
+    if scheme.method == "turbo" and max_kv_size is not None:
+        raise ValueError(
+            f"[make_prompt_cache] max_kv_size={max_kv_size} (--max-kv-size) is not supported with '{scheme}': there is no "
+            "bounded compressed cache yet. Leave out one of the two."
+        )
+    base = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
+    if scheme.method == "fp16":
+        return base
+    layers = model.layers if len(model.layers) == len(base) else [model] * len(base)
+    mark = fingerprint(model)
+    pairs = enumerate(zip(layers, base, strict=True))
+    caches = [_layer_cache(scheme, i, layer, cache, mark) for i, (layer, cache) in pairs]
+    if not any(_is_compressed(c) for c in caches):
+        reasons = sorted({why_raw(c) for c in caches})
+        warnings.warn(
+            f"[make_prompt_cache] No layer of this model can be stored as '{scheme}': {'; '.join(reasons)}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return caches
+
+
+def hook(model: Any) -> None:
+    """Let the attention of this model's layers read compressed rows; other models and caches are not affected.
+
+    `make_prompt_cache` does it. It is needed by hand after `unhook`, or for a cache that was loaded before its model.
+    """
+    for layer in model.layers:
+        for module in attention_modules(layer)[0]:
+            bind(module)
+
+
+def unhook(model: Any) -> None:
+    """Put mlx-lm's own attention back into the modules of this model's layers.
+
+    A compressed cache that is used afterwards raises a `RuntimeError` that says so.
+    """
+    for layer in model.layers:
+        for part in layer.modules():
+            module = sys.modules[type(part).__module__]
+            if hasattr(module, "scaled_dot_product_attention"):
+                unbind(module)
+
+
+def why_raw(cache: Any) -> str:
+    """Why a layer's cache is not compressed, in words; "" for a compressed one."""
+    if _is_compressed(cache):
+        return ""
+    default = _WHY_RAW.get(type(cache).__name__, f"{type(cache).__name__} is not a plain KV cache")
+    if type(cache) is mlx_lm_cache.KVCache:
+        default = "fp16 was asked for"
+    return getattr(cache, "turboquant_why_raw", default)
+
+
+def _is_compressed(cache: Any) -> bool:
+    return isinstance(cache, (TurboQuantKVCache, mlx_lm_cache.QuantizedKVCache))
+
+
+def _layer_cache(scheme: KVScheme, index: int, layer: Any, cache: Any, mark: str) -> Any:
+    if type(cache) is not mlx_lm_cache.KVCache:
+        return cache
+    if scheme.method == "affine":
+        return mlx_lm_cache.QuantizedKVCache(group_size=scheme.group, bits=scheme.key_bits)
+    modules, reason = attention_modules(layer)
+    if reason is None and len(modules) > 1:
+        reason = f"its attention is spread over {', '.join(m.__name__ for m in modules)}"
+    if reason is not None:
+        cache.turboquant_why_raw = reason
+        return cache
+    bind(modules[0])
+    return TurboQuantKVCache(scheme, index, modules[0].__name__, mark)
+
+
+# mlx_lm.models.cache.load_prompt_cache looks classes up by name in its own module; adding ours changes nothing else.
+mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache

@@ -1,0 +1,1 @@
+"""The array work: one file per operation, in plain MLX."""

@@ -1,0 +1,158 @@
+"""Write a prompt cache to a file so that it is never half there, and read one back so that a wrong one is refused."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache.saved_state import FORMAT_VERSION
+from mlx_turboquant.fingerprint import fingerprint
+from mlx_turboquant.mlx_lm_hooks import hook
+from mlx_turboquant.scheme import KVScheme
+
+_FORMAT, _SCHEME, _MODEL = "mlx_turboquant_format", "mlx_turboquant_scheme", "mlx_turboquant_model"
+_MAX_HEADER_BYTES = 64 << 20
+_CLASSES = (
+    "KVCache", "QuantizedKVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache", "CacheList",
+    "ConcatenateKVCache", "BatchKVCache", "BatchRotatingKVCache", "TurboQuantKVCache",
+)  # fmt: skip
+
+
+def save_prompt_cache(
+    file_name: str | os.PathLike, cache: list[Any], metadata: dict[str, str] | None = None, model: Any = None
+) -> Path:
+    """Save a prompt cache as ``.safetensors``, readable by mlx-lm's ``load_prompt_cache`` too.
+
+    The file appears whole or not at all: it is written beside its place, flushed to disk and renamed. The scheme, the
+    seed in it, the format version and the model's fingerprint go with it.
+
+    Args:
+        file_name: ``.safetensors`` is appended if it is missing, as MLX does.
+        cache: from `make_prompt_cache` or mlx-lm.
+        metadata: text to store with it.
+        model: for the fingerprint of a cache without a compressed layer; others carry it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: if the folder cannot be written to; an older file of this name is then untouched.
+    """
+    path = Path(file_name)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
+    mark = ours.fingerprint if ours is not None else fingerprint(model) if model is not None else ""
+    scheme = ours.scheme.full_text() if ours is not None else ""
+    metadata = {**(metadata or {}), _FORMAT: str(FORMAT_VERSION), _SCHEME: scheme, _MODEL: mark}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"[save_prompt_cache] There is no folder {path.parent}.")
+    handle, aside = tempfile.mkstemp(suffix=".safetensors", prefix=f".{path.stem}.", dir=path.parent)
+    os.close(handle)
+    try:
+        mlx_lm_cache.save_prompt_cache(aside, cache, metadata)
+        _flush(aside)
+        os.chmod(aside, 0o666 & ~_umask())  # mkstemp makes it private; a saved file gets the usual permissions
+        os.replace(aside, path)
+    except BaseException as error:
+        Path(aside).unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # MLX reports a failed write this way
+            raise OSError(f"[save_prompt_cache] Could not write {path}: {error}") from error
+        raise
+    _flush(path.parent)
+    return path
+
+
+def load_prompt_cache(
+    file_name: str | os.PathLike, return_metadata: bool = False, *, model: Any = None, kv_scheme: Any = None
+):
+    """Load a prompt cache that `save_prompt_cache` or mlx-lm's function of that name wrote.
+
+    Args:
+        file_name: the file.
+        return_metadata: whether to return (cache, metadata).
+        model: if given, the cache must be this model's, and its attention is bound so that it can read it.
+        kv_scheme: if given, the cache must have this scheme.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no prompt cache, is cut short or damaged, or is of another version, scheme or model.
+    """
+    path = Path(file_name)
+    _check_file(path)
+    try:
+        cache, metadata = mlx_lm_cache.load_prompt_cache(str(path), return_metadata=True)
+        mx.eval([c.state for c in cache])
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise _error(path, str(error)) from error
+    ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
+    if kv_scheme is not None:
+        wanted, got = KVScheme.parse(kv_scheme), None if ours is None else ours.scheme
+        if got != wanted and not (ours is None and wanted.method != "turbo"):
+            raise ValueError(f"[load_prompt_cache] {path} has the scheme '{got or 'fp16'}', '{wanted}' was asked for.")
+    if model is not None:
+        check_model(cache, metadata, model, path)
+        hook(model)
+    return (cache, metadata) if return_metadata else cache
+
+
+def check_model(cache: list[Any], metadata: dict[str, str], model: Any, path: Path | str) -> None:
+    """Refuse a loaded cache that another model filled.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
+    saved = metadata.get(_MODEL, "") if ours is None else ours.fingerprint
+    if saved and saved != (mine := fingerprint(model)):
+        raise ValueError(
+            f"[load_prompt_cache] {path} belongs to a model with fingerprint {saved}, this model's is {mine}. Load the "
+            "model that wrote it, with the same quantization and adapters."
+        )
+
+
+def _check_file(path: Path) -> None:
+    """Read the header of a safetensors file and refuse what MLX would trip over."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if path.suffix != ".safetensors" or size < 10 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise _error(path, f"no safetensors header in a file of {size:,} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__")
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        classes = [metadata[key] for key in metadata if key.startswith("1.")]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _error(path, f"its header does not describe one ({type(error).__name__}: {error})") from error
+    if not all(isinstance(end, int) for end in ends) or max(ends, default=0) != size - 8 - length:
+        raise _error(path, f"it holds {size - 8 - length:,} bytes of arrays, its header says {max(ends, default=0)!r}")
+    if not classes or (unknown := [c for c in classes if c not in _CLASSES]):
+        raise _error(path, f"unknown kinds of cache: {', '.join(map(repr, unknown if classes else ['none']))}")
+    version = metadata.get(f"0.{_FORMAT}", str(FORMAT_VERSION))
+    if version != str(FORMAT_VERSION):
+        raise _error(path, f"format version {FORMAT_VERSION} is supported, got {version!r}")
+
+
+def _error(path: Path, reason: str) -> ValueError:
+    return ValueError(f"[load_prompt_cache] {path} is not a prompt cache that can be loaded: {reason}.")
+
+
+def _flush(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,93 @@
+"""Packed rows: what the encoders write, the cache keeps and attention reads."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+class PackedTensor(NamedTuple):
+    """T encoded rows of every head. A NamedTuple, so that MLX walks it as a tree (a dataclass it would not).
+
+    Attributes:
+        codes: (B, Hkv, T, W) uint32 from `packing.pack_codes`; or, stored raw, (B, Hkv, T, D) in the model's dtype.
+        scales: (B, Hkv, T, groups) in the model's dtype, what a group's centroids are multiplied with; None if raw.
+        centers: (B, Hkv, T / block, D) in the model's dtype, each block's mean key; None if nothing was subtracted.
+    """
+
+    codes: mx.array
+    scales: mx.array | None = None
+    centers: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in self if a is not None)
+
+    @property
+    def length(self) -> int:
+        """How many rows (tokens) it holds."""
+        return self.codes.shape[2]
+
+    def rows(self, start: int, stop: int, block: int) -> "PackedTensor":
+        """The rows from start to stop, both multiples of block."""
+        return PackedTensor(
+            self.codes[:, :, start:stop],
+            None if self.scales is None else self.scales[:, :, start:stop],
+            None if self.centers is None else self.centers[:, :, start // block : stop // block],
+        )
+
+
+@dataclass(frozen=True)
+class CompressedRows:
+    """The keys, or the values, of one layer as a compressed cache holds them: first tokens, blocks, newest tokens.
+
+    A model receives it where it would receive an array and passes it to its attention function.
+
+    Attributes:
+        sinks: (B, Hkv, S, D) raw, or None.
+        packed: whole blocks.
+        tail: (B, Hkv, t, D) raw, or None.
+        quantizer: knows what `packed` means (see `quantizers`).
+        block: tokens per block.
+    """
+
+    sinks: mx.array | None
+    packed: PackedTensor
+    tail: mx.array | None
+    quantizer: Any
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hkv, T, D), as of the array it stands for."""
+        B, H = self.packed.codes.shape[:2]
+        raw = sum(rows.shape[2] for rows in (self.sinks, self.tail) if rows is not None)
+        return B, H, self.packed.length + raw, self.quantizer.dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The model's dtype."""
+        return self.quantizer.dtype
+
+    def segments(self, tokens: int) -> Iterator[tuple[int, int, "mx.array | PackedTensor"]]:
+        """(start, stop, rows) in token order: the sinks, the blocks in pieces of at most so many tokens, the tail."""
+        start = 0
+        if self.sinks is not None:
+            yield 0, (start := self.sinks.shape[2]), self.sinks
+        step = max(tokens // self.block, 1) * self.block
+        for row in range(0, self.packed.length, step):
+            stop = min(row + step, self.packed.length)
+            yield start + row, start + stop, self.packed.rows(row, stop, self.block)
+        start += self.packed.length
+        if self.tail is not None:
+            yield start, start + self.tail.shape[2], self.tail
+
+    def dense(self, tokens: int) -> mx.array:
+        """All rows (B, Hkv, T, D) in the model's dtype, decoded in pieces of at most so many tokens."""
+        rows = [
+            self.quantizer.decode(part) if isinstance(part, PackedTensor) else part
+            for _, _, part in self.segments(tokens)
+        ]
+        return mx.concatenate(rows, axis=2)

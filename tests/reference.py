@@ -1,0 +1,53 @@
+"""Slow, literal translations of the definitions, to compare every fast path with. Plain Python and float64 numpy."""
+
+import numpy as np
+from scipy.integrate import simpson
+
+
+def lloyd_iteration(density, low: float, high: float, bits: int) -> np.ndarray:
+    """The 2**bits centroids that Lloyd's own iteration ends at: every centroid the mean of its cell, again and again.
+
+    Args:
+        density: of one float64 array, need not be normalised.
+        low, high: where the density is cut off.
+        bits: a few; the iteration needs some 4**bits steps.
+
+    Source: S. Lloyd, "Least squares quantization in PCM" (1982), method I.
+    """
+    n = 2**bits
+    x = np.linspace(low, high, 4001)
+    mass = np.cumsum(density(x))
+    centroids = np.interp((np.arange(n) + 0.5) / n, mass / mass[-1], x)
+    for _ in range(20_000):
+        edges = np.concatenate([[low], (centroids[1:] + centroids[:-1]) / 2, [high]])
+        cells = np.linspace(edges[:-1], edges[1:], 301)  # (points, cells)
+        means = simpson(cells * density(cells), cells, axis=0) / simpson(density(cells), cells, axis=0)
+        moved, centroids = np.abs(means - centroids).max(), means
+        if moved < 1e-8:
+            return centroids
+    raise AssertionError("Lloyd's iteration did not settle.")
+
+
+def pack_row(codes: list[int], bits: int) -> list[int]:
+    """The 32-bit words of one row: each plane one long integer, the first code in its lowest bits.
+
+    A 3-bit code is two planes: the low two bits of all codes, then the high bit of all codes.
+    """
+    if bits == 3:
+        return pack_row([code % 4 for code in codes], 2) + pack_row([code // 4 for code in codes], 1)
+    number = sum(code << (bits * i) for i, code in enumerate(codes))
+    words = -(-len(codes) * bits // 32)
+    return [(number >> (32 * w)) % 2**32 for w in range(words)]
+
+
+def quantize_row(row: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, float]:
+    """Codes and scale of one group: scale it to unit mean square, take the nearest centroids, match the norm.
+
+    Source: the scale is EDEN's (ICML 2022), so that scale * centroids[codes] is as long as the row was.
+    """
+    row, centroids = np.asarray(row, np.float64), np.asarray(centroids, np.float64)
+    rms = np.sqrt(np.mean(row**2))
+    if rms == 0:
+        return np.zeros(len(row), int), 0.0
+    codes = np.argmin(np.abs(row[:, None] / rms - centroids), axis=1)
+    return codes, np.linalg.norm(row) / np.linalg.norm(centroids[codes])
