@@ -69,7 +69,9 @@ def _attend_pieces(queries, keys, values, scale, mask, sinks) -> mx.array:
         state = _Softmax(logits.reshape(B, Hkv, G * L, 1), mx.ones((B, Hkv, G * L, 1)), zeros, zeros)
 
     for (start, stop, k), (_, _, v) in zip(keys.segments(PIECE_TOKENS), values.segments(PIECE_TOKENS), strict=True):
+        # One piece after the other: MLX would otherwise compute the scores of all pieces before the first sum.
         if isinstance(k, PackedTensor):
+            k = k._replace(codes=mx.depends(k.codes, list(state)))
             scores = keys.quantizer.scores(prepared, k)
         else:
             scores = rows @ finite_or_zero(k).swapaxes(-1, -2)

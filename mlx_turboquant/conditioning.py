@@ -58,13 +58,12 @@ def balance_factors(query_squares: mx.array, keys: mx.array) -> mx.array:
     Returns:
         (B, Hkv, D) float32 with geometric mean 1 per head; all ones where a head has seen no query or no key energy.
     """
-    q = _floored(query_squares)
-    k = _floored((keys * keys).mean(axis=2))
-    log_s = 0.25 * (mx.log(q) - mx.log(k))
-    return mx.exp(log_s - log_s.mean(axis=-1, keepdims=True))
+    key_squares = (keys * keys).mean(axis=2)
+    log_s = 0.25 * (_log_floored(query_squares) - _log_floored(key_squares))
+    unused = mx.minimum(query_squares.max(axis=-1, keepdims=True), key_squares.max(axis=-1, keepdims=True)) == 0
+    return mx.where(unused, 1.0, mx.exp(log_s - log_s.mean(axis=-1, keepdims=True)))
 
 
-def _floored(energy: mx.array) -> mx.array:
+def _log_floored(energy: mx.array) -> mx.array:
     energy = energy / mx.maximum(energy.max(axis=-1, keepdims=True), 1e-37)  # its scale cancels in the factors
-    energy = energy + BALANCE_FLOOR * energy.mean(axis=-1, keepdims=True)
-    return mx.where(energy.max(axis=-1, keepdims=True) > 0, energy, 1.0)
+    return mx.log(mx.maximum(energy + BALANCE_FLOOR * energy.mean(axis=-1, keepdims=True), 1e-37))

@@ -16,7 +16,6 @@ from typing import Any
 from mlx_turboquant.binding import ATTENTION
 
 _ALLOWED_ATTRIBUTES = ("shape", "dtype")
-_COMPOUND = (ast.If, ast.While, ast.For)
 
 
 def attention_modules(layer: Any) -> tuple[list[ModuleType], str | None]:
@@ -48,6 +47,9 @@ def why_not(kind: type) -> str | None:
     if not hasattr(module, ATTENTION):
         return f"{name} does not call mlx-lm's {ATTENTION}, so nothing can stand in for it"
     tree = ast.parse(textwrap.dedent(_source_of(kind)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("keys", "values") and ast.unparse(node.value) == "cache":
+            return f"{name} reads '{ast.unparse(node)}' itself"
     called = False
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         for names, later in _fetches(function.body, []):
@@ -72,9 +74,11 @@ def _fetches(body: list[ast.stmt], after: list[ast.stmt]):
     for i, statement in enumerate(body):
         later = body[i + 1 :] + after
         inner = [getattr(statement, field, []) for field in ("body", "orelse", "finalbody")]
+        inner += [handler.body for handler in getattr(statement, "handlers", [])]
         if any(inner):
+            again = statement.body if isinstance(statement, (ast.For, ast.While)) else []
             for part in inner:
-                yield from _fetches(part, later)
+                yield from _fetches(part, later + again)
         elif any(isinstance(n, ast.Attribute) and n.attr == "update_and_fetch" for n in ast.walk(statement)):
             yield _bound_names(statement), later
 
@@ -92,12 +96,14 @@ def _other_use(names: set[str], statements: list[ast.stmt]) -> str | None:
     allowed: set[int] = set()
     for node in (n for s in statements for n in ast.walk(s)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == ATTENTION:
-            allowed.update(id(a) for a in [*node.args, *(k.value for k in node.keywords)])
+            allowed.update(id(a) for a in node.args[1:3])
+            allowed.update(id(k.value) for k in node.keywords if k.arg in ("keys", "values"))
         if isinstance(node, ast.Attribute) and node.attr in _ALLOWED_ATTRIBUTES:
             allowed.add(id(node.value))
     simple = [n for s in statements for n in ast.walk(s) if isinstance(n, ast.stmt) and not hasattr(n, "body")]
-    heads = [getattr(n, "test", None) or n.iter for s in statements for n in ast.walk(s) if isinstance(n, _COMPOUND)]
-    for place in sorted(simple + heads, key=lambda node: node.lineno):
+    compound = [n for s in statements for n in ast.walk(s) if hasattr(n, "body") and isinstance(n, ast.stmt)]
+    heads = [part for n in compound for part in ast.iter_child_nodes(n) if isinstance(part, (ast.expr, ast.withitem))]
+    for place in simple + heads:
         for node in ast.walk(place):
             if isinstance(node, ast.Name) and node.id in names and id(node) not in allowed:
                 return ast.unparse(place)

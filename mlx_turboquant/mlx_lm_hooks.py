@@ -41,8 +41,8 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, *, kv_scheme: 
     scheme = KVScheme.parse(kv_scheme)
     if scheme.method == "turbo" and max_kv_size is not None:
         raise ValueError(
-            f"[make_prompt_cache] max_kv_size={max_kv_size} (--max-kv-size) is not supported with '{scheme}': there is no "
-            "bounded compressed cache yet. Leave out one of the two."
+            f"[make_prompt_cache] max_kv_size={max_kv_size} (--max-kv-size) is not supported with '{scheme}': there is "
+            "no bounded compressed cache yet. Leave out one of the two."
         )
     base = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
     if scheme.method == "fp16":

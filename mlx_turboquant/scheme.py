@@ -8,7 +8,7 @@ from typing import Any
 TURBO_BITS = (0, 2, 3, 4, 8)
 AFFINE_BITS = (4, 8)
 ROTATIONS = ("hadamard", "dense")
-_TURBO = re.compile(r"turbo(\d+)(?:v(\d+))?")
+_TURBO = re.compile(r"turbo(\d{1,3})(?:v(\d{1,3}))?")
 _NAMED = ("fp16", "affine4", "affine8", "turbo2", "turbo3", "turbo4", "turbo8", "turbo0v4", "turbo0v2", "turbo4v2")
 
 
@@ -62,11 +62,22 @@ class KVScheme:
                     f"[KVScheme] {side} bits of a {self.method} scheme must be one of "
                     f"{', '.join(map(str, allowed[self.method]))}, got {bits}."
                 )
+        if self.method == "affine" and self.key_bits != self.value_bits:
+            raise ValueError(
+                f"[KVScheme] affine schemes have equal bits for keys and values, got {self.key_bits} and "
+                f"{self.value_bits}."
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise ValueError(f"[KVScheme] {field.name} must be {field.type.__name__}, got {value!r}.")
+            if field.name in _OPTIONS and field.name not in self.option_names() and value != field.default:
+                raise ValueError(f"[KVScheme] {self.method} schemes have no option {field.name}, got {value!r}.")
         groups = (32, 64, 128) if self.method == "affine" else (0, 8, 16, 32, 64, 128, 256)
         _check("sinks", self.sinks, 0 <= self.sinks <= 1024, "between 0 and 1024")
         _check("window", self.window, 0 <= self.window <= 65536, "between 0 and 65536")
         _check("block", self.block, self.block in (16, 32, 64, 128, 256), "one of 16, 32, 64, 128, 256")
-        _check("group", self.group, self.group in groups, f"one of {', '.join(map(str, groups))}")
+        _check("group", self.group, self.method == "fp16" or self.group in groups, f"one of {', '.join(map(str, groups))}")
         _check("rotation", self.rotation, self.rotation in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
         _check("seed", self.seed, 0 <= self.seed < 2**31, "between 0 and 2147483647")
 
@@ -82,8 +93,8 @@ class KVScheme:
             return text
         if not isinstance(text, str):
             raise ValueError(f"[KVScheme] A scheme is text such as 'turbo4', got {type(text).__name__}.")
-        name, _, options = text.strip().partition(":")
-        return replace(_named(name), **_options(name, options)) if options else _named(name)
+        name, colon, options = text.strip().partition(":")
+        return replace(_named(name), **_options(name, options)) if colon else _named(name)
 
     @property
     def name(self) -> str:
@@ -104,8 +115,7 @@ class KVScheme:
 
     def option_names(self) -> tuple[str, ...]:
         """The options that this scheme's method understands."""
-        every = tuple(f.name for f in fields(self) if f.name not in ("method", "key_bits", "value_bits"))
-        return {"fp16": (), "affine": ("group",), "turbo": every}[self.method]
+        return {"fp16": (), "affine": ("group",), "turbo": _OPTIONS}[self.method]
 
     @property
     def compresses(self) -> bool:
@@ -115,6 +125,9 @@ class KVScheme:
     def _text(self, names: Any) -> str:
         options = ",".join(f"{n}={_option_text(getattr(self, n))}" for n in names)
         return f"{self.name}:{options}" if options else self.name
+
+
+_OPTIONS = tuple(f.name for f in fields(KVScheme) if f.name not in ("method", "key_bits", "value_bits"))
 
 
 def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
@@ -167,7 +180,7 @@ def _value(key: str, value: str, kind: Any) -> Any:
             raise ValueError(f"[KVScheme] {key} must be 0 or 1, got {value!r}.")
         return value == "1"
     if kind is int:
-        if not re.fullmatch(r"\d{1,10}", value):
+        if not re.fullmatch(r"\d{1,100}", value):
             raise ValueError(f"[KVScheme] {key} must be a whole number, got {value!r}.")
         return int(value)
     return value

@@ -36,7 +36,7 @@ def test_attention_that_only_calls_the_attention_function_can_read_compressed_ro
     ("path", "reason"),
     [
         ("deepseek_v3.DeepseekV3Attention", "also reads its keys or values in 'pe_scores = q_pe * self.scale @ k_pe."),
-        ("deepseek_v32.Indexer", "also reads its keys or values in 'scores = q @ k.swapaxes"),
+        ("deepseek_v32.Indexer", "reads 'cache.values' itself"),
         ("deepseek_v32.DeepseekV32Attention", "also reads its keys or values in 'kv_latent = "),
         ("plamo2.Attention", "does not call mlx-lm's scaled_dot_product_attention"),
         ("gemma2.Attention", "does not call mlx-lm's scaled_dot_product_attention"),

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_turboquant.conditioning import balance_factors, block_centers, subtract_centers
 from mlx_turboquant.quantizers import RawRows, TurboKeys, TurboValues, make_quantizers
 from mlx_turboquant.scheme import KVScheme
 
@@ -118,6 +119,14 @@ def test_balancing_lowers_the_error_that_the_queries_see(dim):
         exact = queries @ keys.swapaxes(-1, -2)
         errors.append(mx.square(side.scores(side.prepare(queries), side.encode(keys)) - exact).mean().item())
     assert errors[1] < errors[0] / 3
+
+
+def test_the_balance_is_fitted_to_centred_keys():
+    keys, squares = normal(B, H, T, 64) * mx.exp(mx.linspace(-1, 1, 64)), mx.ones((B, H, 64))
+    side, _ = make_quantizers(KVScheme.parse("turbo4:block=16"), 64, 64, mx.float32)
+    side.fit(keys + 50 * normal(B, H, 1, 64, seed=1), squares)
+    wanted = balance_factors(squares, subtract_centers(keys, block_centers(keys, BLOCK)))
+    np.testing.assert_allclose(side.balance, wanted, rtol=1e-3)
 
 
 @each_dtype

@@ -28,6 +28,10 @@ class RowBuffer:
     def append(self, rows: mx.array, capacity: int = 0) -> None:
         """Add rows (B, Hkv, n, D); if they do not fit, move to an array of `capacity` rows, or more if they need it."""
         stop = self.length + rows.shape[2]
+        if self.array is None and capacity <= stop:
+            # Assigning all of an array makes it the assigned one, a slice of another perhaps; a gather always copies.
+            self.array, self.length = mx.take(rows, mx.arange(stop), axis=2), stop
+            return
         if self.array is None or stop > self.array.shape[2]:
             B, H, _, D = rows.shape
             grown = mx.zeros((B, H, max(stop, capacity), D), rows.dtype)

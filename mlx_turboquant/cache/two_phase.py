@@ -208,11 +208,13 @@ class TurboQuantKVCache:
             step = max(4096 // block, 1) * block
             for start in range(0, stop - skip, step):
                 blocks.append(quantizer.encode(rows[:, :, start : start + step]), stop - skip)
-        bad = ~(mx.isfinite(keys).all(axis=-1) & mx.isfinite(values).all(axis=-1))
-        self._unreported.append(bad.sum())
+        bad = (~(mx.isfinite(keys).all(axis=-1) & mx.isfinite(values).all(axis=-1))).sum()
+        self._unreported.append(bad)
         self._steps_until_check = 2
         for rows in self._tail:
             rows.keep(stop, rows.length, block + window + MAX_DIRECT_QUERIES)
+            # Whoever evaluates the tail evaluates the count: left for later, it would keep the raw rows alive.
+            rows.array = mx.depends(rows.array, bad)
         return stop - skip
 
     def _cut_blocks(self, kept: int) -> None:

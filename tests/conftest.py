@@ -1,0 +1,69 @@
+"""Tiny random models and the helpers that several test files share."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+
+def tiny_llama(dim: int = 64, heads: int = 4, kv_heads: int = 2, layers: int = 2, dtype=mx.float32, seed: int = 0):
+    """A random Llama whose attention is sharp enough that a wrong key changes its output."""
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5,
+        vocab_size=96,
+        head_dim=dim,
+    )
+    model = llama.Model(args)
+    for layer in model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name).weight *= 3
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def tokens(count: int, seed: int = 1) -> mx.array:
+    """(1, count) token ids below 96."""
+    return mx.random.randint(0, 96, (1, count), key=mx.random.key(seed))
+
+
+def decode(model, ids: mx.array, cache, start: int, stop: int) -> mx.array:
+    """The logits (1, stop - start, 96) of single-token steps."""
+    steps = [model(ids[:, i : i + 1], cache=cache) for i in range(start, stop)]
+    return mx.concatenate(steps, axis=1)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log probabilities in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def kld(exact: mx.array, other: mx.array) -> float:
+    """Mean Kullback-Leibler divergence in nats of two arrays of logits."""
+    exact, other = log_softmax(exact), log_softmax(other)
+    return (mx.exp(exact) * (exact - other)).sum(-1).mean().item()
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A tiny float32 Llama, head size 64, 4 query and 2 key heads, 2 layers."""
+    return tiny_llama()
+
+
+@pytest.fixture
+def random_rows():
+    """A function (B, H, T, D, dtype) -> reproducible keys and values."""
+
+    def make(B=1, H=2, T=200, D=64, dtype=mx.float16, seed=3):
+        keys = mx.random.normal((B, H, T, D), key=mx.random.key(seed))
+        values = mx.random.normal((B, H, T, D), key=mx.random.key(seed + 1))
+        return keys.astype(dtype), values.astype(dtype)
+
+    return make

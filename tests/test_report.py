@@ -1,0 +1,54 @@
+"""The report: every layer, every token, every byte, and a reason for what is not compressed."""
+
+import json
+
+import mlx.core as mx
+from conftest import decode, tiny_llama, tokens
+from mlx.utils import tree_flatten
+
+from mlx_turboquant import make_prompt_cache, report
+
+
+def test_counts_add_up_and_json_agrees_with_text(model):
+    cache = make_prompt_cache(model, kv_scheme="turbo4")
+    ids = tokens(160)
+    model(ids[:, :150], cache=cache)
+    decode(model, ids, cache, 150, 160)
+    told = report(cache)
+    data = json.loads(told.to_json())
+    for layer, held in zip(told.layers, cache, strict=True):
+        assert layer.sink_tokens + layer.block_tokens + layer.tail_tokens == held.offset == 160
+        assert layer.nbytes == held.nbytes and layer.why_raw == ""
+        assert layer.raw_nbytes == 160 * 2 * 2 * 64 * 4
+    assert data["nbytes"] == told.nbytes == sum(layer["nbytes"] for layer in data["layers"])
+    assert data["layers"][1]["ratio"] == told.layers[1].ratio == told.layers[1].raw_nbytes / told.layers[1].nbytes
+    text = str(told)
+    assert "0-1  turbo4" in text and f"{told.nbytes:,}" in text and f"{told.ratio:.2f}x" in text
+
+
+def test_nbytes_of_a_saved_state_is_at_most_what_is_held(model):
+    """Spare room is held and counted, and not written."""
+    cache = make_prompt_cache(model, kv_scheme="turbo3")
+    ids = tokens(160)
+    model(ids[:, :150], cache=cache)
+    decode(model, ids, cache, 150, 160)
+    written = sum(a.nbytes for _, a in tree_flatten(cache[0].state) if isinstance(a, mx.array))
+    assert written <= cache[0].nbytes <= written + 2 * (88 - cache[0].tail_tokens) * 2 * 64 * 4
+
+
+def test_reasons_for_a_raw_cache(model):
+    cache = make_prompt_cache(model, kv_scheme="turbo4")
+    model(tokens(40), cache=cache)
+    assert "fewer than 84 tokens" in report(cache).layers[0].why_raw
+    model(tokens(60), cache=cache)
+    assert "still reading the prompt" in report(cache).layers[0].why_raw
+    assert report(make_prompt_cache(model, kv_scheme="fp16")).layers[0].why_raw == "fp16 was asked for"
+
+
+def test_affine_layers_are_measured():
+    model = tiny_llama(dtype=mx.float16)
+    cache = make_prompt_cache(model, kv_scheme="affine4")
+    model(tokens(256), cache=cache)
+    layer = report(cache).layers[0]
+    assert layer.scheme == "affine4:group=64"
+    assert layer.raw_nbytes == 256 * 2 * 2 * 64 * 2 and round(layer.ratio, 2) == 3.56  # 4.5 bits
