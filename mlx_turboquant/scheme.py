@@ -73,11 +73,11 @@ class KVScheme:
                 raise ValueError(f"[KVScheme] {field.name} must be {field.type.__name__}, got {value!r}.")
             if field.name in _OPTIONS and field.name not in self.option_names() and value != field.default:
                 raise ValueError(f"[KVScheme] {self.method} schemes have no option {field.name}, got {value!r}.")
-        groups = (32, 64, 128) if self.method == "affine" else (0, 8, 16, 32, 64, 128, 256)
+        groups = {"fp16": (0,), "affine": (32, 64, 128), "turbo": (0, 8, 16, 32, 64, 128, 256)}[self.method]
         _check("sinks", self.sinks, 0 <= self.sinks <= 1024, "between 0 and 1024")
         _check("window", self.window, 0 <= self.window <= 65536, "between 0 and 65536")
         _check("block", self.block, self.block in (16, 32, 64, 128, 256), "one of 16, 32, 64, 128, 256")
-        _check("group", self.group, self.method == "fp16" or self.group in groups, f"one of {', '.join(map(str, groups))}")
+        _check("group", self.group, self.group in groups, f"one of {', '.join(map(str, groups))}")
         _check("rotation", self.rotation, self.rotation in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
         _check("seed", self.seed, 0 <= self.seed < 2**31, "between 0 and 2147483647")
 

@@ -1,7 +1,10 @@
 """Tiny random models and the helpers that several test files share."""
 
+import json
+
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 
@@ -67,3 +70,28 @@ def random_rows():
         return keys.astype(dtype), values.astype(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A tiny random Llama in a folder that ``mlx_lm.load`` reads, with a word-per-number tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    model = tiny_llama(seed=2)
+    config = {key: value for key, value in vars(model.args).items() if value is not None}
+    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 96)}}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt():
+    """150 words of the tiny tokenizer."""
+    return " ".join(f"w{2 + (i * 37) % 94}" for i in range(150))

@@ -10,7 +10,7 @@ from mlx_turboquant.attention import attend
 
 def plain(queries, keys, values, scale, mask=None, sinks=None):
     """Softmax attention in float32, written out; a row with no key to attend to is 0."""
-    B, H, L, _ = queries.shape
+    _, H, L, _ = queries.shape
     Hkv, T = keys.shape[1:3]
     keys, values = (mx.repeat(rows.astype(mx.float32), H // Hkv, axis=1) for rows in (keys, values))
     scores = (queries.astype(mx.float32) * scale) @ keys.swapaxes(-1, -2)

@@ -93,8 +93,10 @@ def test_metadata_and_suffix(model, tmp_path):
     _, metadata = load_prompt_cache(path, return_metadata=True)
     assert metadata["topic"] == "lighthouse"
     assert metadata["mlx_turboquant_scheme"] == cache[0].scheme.full_text() and "seed=0" in cache[0].scheme.full_text()
-    assert metadata["mlx_turboquant_model"] == mlx_turboquant.fingerprint(model) != mlx_turboquant.fingerprint(
-        tiny_llama(seed=5)
+    assert (
+        metadata["mlx_turboquant_model"]
+        == mlx_turboquant.fingerprint(model)
+        != mlx_turboquant.fingerprint(tiny_llama(seed=5))
     )
 
 
@@ -105,7 +107,7 @@ def test_another_model_or_scheme_is_refused_with_both_values(model, tmp_path):
     mine, theirs = mlx_turboquant.fingerprint(model), mlx_turboquant.fingerprint(other)
     with pytest.raises(ValueError, match=f"{mine}.*{theirs}"):
         load_prompt_cache(path, model=other)
-    with pytest.raises(ValueError, match="'turbo4'.*'turbo3'"):
+    with pytest.raises(ValueError, match=r"'turbo4'.*'turbo3'"):
         load_prompt_cache(path, kv_scheme="turbo3")
     assert load_prompt_cache(path, model=model, kv_scheme="turbo4")[0].offset == 151
 
@@ -179,7 +181,7 @@ def test_a_damaged_or_foreign_file_is_one_clear_error(model, tmp_path, damage):
 
 
 def test_a_missing_file_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+    with pytest.raises(FileNotFoundError, match="none"):
         load_prompt_cache(tmp_path / "none.safetensors")
 
 

@@ -20,8 +20,9 @@ def extend_generate(module: ModuleType) -> None:
     """Give ``mlx_lm.generate`` the flags --kv-scheme and --kv-report."""
     if hasattr(module, "_turboquant_args"):
         return
-    module._turboquant_args, module._turboquant_metadata = None, {}
+    module._turboquant_args, module._turboquant_metadata, module._turboquant_report = None, {}, None
     setup, load_cache, generate = module.setup_arg_parser, module.load_prompt_cache, module.generate
+    main = module.main
 
     @functools.wraps(setup)
     def setup_arg_parser() -> argparse.ArgumentParser:
@@ -59,14 +60,20 @@ def extend_generate(module: ModuleType) -> None:
         else:
             kwargs["prompt_cache"] = generation.prompt_cache_for(model, args.kv_scheme or "fp16", **kwargs)
         text = generate(model, tokenizer, prompt, **kwargs)
-        if args.kv_report:
-            told = report(kwargs["prompt_cache"])
-            print(told.to_json() if args.kv_report == "json" else told)
+        told = report(kwargs["prompt_cache"])
+        module._turboquant_report = {"text": str(told), "json": told.to_json()}.get(args.kv_report)
         return text
+
+    @functools.wraps(main)
+    def main_with_report() -> None:
+        main()
+        if module._turboquant_report is not None:  # after the text, which main prints itself
+            print(module._turboquant_report)
 
     module.setup_arg_parser = setup_arg_parser
     module.load_prompt_cache = load_prompt_cache
     module.generate = generate_with_scheme
+    module.main = main_with_report
 
 
 def extend_cache_prompt(module: ModuleType) -> None:
