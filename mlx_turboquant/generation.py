@@ -7,6 +7,7 @@ from typing import Any
 from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.mlx_lm_hooks import make_prompt_cache
 from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.scheme_file import LayerSchemes, mismatch, resolve
 
 # As an attribute of its package this name is a function that hides the module.
 _mlx_lm = importlib.import_module("mlx_lm.generate")
@@ -37,7 +38,7 @@ def prompt_cache_for(model: Any, kv_scheme: Any, draft_model: Any = None, **kwar
     Raises:
         ValueError: for an unknown scheme, or a kv_bits or max_kv_size in kwargs that conflicts with it.
     """
-    scheme = KVScheme.parse(kv_scheme)
+    scheme = resolve(kv_scheme)
     if scheme.method != "fp16":
         _refuse_kv_bits(scheme, kwargs.get("kv_bits"))
     cache = make_prompt_cache(model, kwargs.get("max_kv_size"), kv_scheme=scheme)
@@ -50,16 +51,17 @@ def check_prompt_cache(cache: list[Any], kv_scheme: Any = None, kv_bits: int | N
     Raises:
         ValueError: naming both.
     """
-    for held in {c.scheme for c in cache if isinstance(c, TurboQuantKVCache)}:
-        _refuse_kv_bits(held, kv_bits)
-        if kv_scheme is not None and held != KVScheme.parse(kv_scheme):
-            raise ValueError(
-                f"[generate] The prompt cache has the scheme '{held}', '{KVScheme.parse(kv_scheme)}' was asked for. "
-                "Leave out kv_scheme (--kv-scheme) to go on with the cache's own."
-            )
+    held = [c.scheme for c in cache if isinstance(c, TurboQuantKVCache)]
+    if held:
+        _refuse_kv_bits(held[0], kv_bits)
+    if held and kv_scheme is not None and (differ := mismatch(held, resolve(kv_scheme))):
+        raise ValueError(
+            f"[generate] The prompt cache has the scheme '{differ[0]}', '{differ[1]}' was asked for. "
+            "Leave out kv_scheme (--kv-scheme) to go on with the cache's own."
+        )
 
 
-def _refuse_kv_bits(scheme: KVScheme, kv_bits: int | None) -> None:
+def _refuse_kv_bits(scheme: KVScheme | LayerSchemes, kv_bits: int | None) -> None:
     if kv_bits is not None:
         raise ValueError(
             f"[generate] kv_bits={kv_bits} (--kv-bits) conflicts with the scheme '{scheme}': both say how to store the "

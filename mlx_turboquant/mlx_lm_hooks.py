@@ -11,6 +11,7 @@ from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.layers import attention_modules
 from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.scheme_file import LayerSchemes, resolve
 
 _WHY_RAW = {
     "RotatingKVCache": "a sliding window is bounded already: mlx-lm's rotating cache",
@@ -20,7 +21,9 @@ _WHY_RAW = {
 }
 
 
-def make_prompt_cache(model: Any, max_kv_size: int | None = None, *, kv_scheme: KVScheme | str = "turbo4") -> list[Any]:
+def make_prompt_cache(
+    model: Any, max_kv_size: int | None = None, *, kv_scheme: KVScheme | LayerSchemes | str = "turbo4"
+) -> list[Any]:
     """A prompt cache for `model`, one entry per layer as mlx-lm's function of this name makes it.
 
     Layers that hold plain keys and values get a `TurboQuantKVCache`, and their attention is bound (`hook`). Every
@@ -29,16 +32,17 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, *, kv_scheme: 
     Args:
         model: an mlx-lm model.
         max_kv_size: only with a scheme that is not ``turbo``: mlx-lm's limit.
-        kv_scheme: a `KVScheme` or its text.
+        kv_scheme: a `KVScheme` or its text; or ``@file.json``, a scheme per layer from ``mlx_turboquant.plan``.
 
     Raises:
-        ValueError: for a scheme that does not parse, or max_kv_size with a turbo scheme.
+        ValueError: for a scheme that does not parse, a scheme file of another model, or max_kv_size with a turbo
+            scheme.
 
     Example:
         >>> cache = make_prompt_cache(model, kv_scheme="turbo4v2")   # doctest: +SKIP
         >>> mlx_lm.generate(model, tokenizer, "Hello", prompt_cache=cache)   # doctest: +SKIP
     """
-    scheme = KVScheme.parse(kv_scheme)
+    scheme = resolve(kv_scheme)
     if scheme.method == "turbo" and max_kv_size is not None:
         raise ValueError(
             f"[make_prompt_cache] max_kv_size={max_kv_size} (--max-kv-size) is not supported with '{scheme}': there is "
@@ -49,9 +53,10 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, *, kv_scheme: 
         return base
     layers = model.layers if len(model.layers) == len(base) else [model] * len(base)
     mark = fingerprint(model)
-    pairs = enumerate(zip(layers, base, strict=True))
-    caches = [_layer_cache(scheme, i, layer, cache, mark) for i, (layer, cache) in pairs]
-    if not any(_is_compressed(c) for c in caches):
+    schemes = _per_layer(scheme, len(base), mark)
+    parts = enumerate(zip(schemes, layers, base, strict=True))
+    caches = [_layer_cache(each, i, layer, cache, mark) for i, (each, layer, cache) in parts]
+    if not any(_is_compressed(c) for c in caches) and any(each.method != "fp16" for each in schemes):
         reasons = sorted({why_raw(c) for c in caches})
         warnings.warn(
             f"[make_prompt_cache] No layer of this model can be stored as '{scheme}': {'; '.join(reasons)}.",
@@ -97,11 +102,27 @@ def _is_compressed(cache: Any) -> bool:
     return isinstance(cache, (TurboQuantKVCache, mlx_lm_cache.QuantizedKVCache))
 
 
+def _per_layer(scheme: KVScheme | LayerSchemes, count: int, mark: str) -> tuple[KVScheme, ...]:
+    if isinstance(scheme, KVScheme):
+        return (scheme,) * count
+    if scheme.model and scheme.model != mark:
+        raise ValueError(
+            f"[make_prompt_cache] '{scheme}' was chosen for a model with fingerprint {scheme.model}, this model's is "
+            f"{mark}. Plan again for this model."
+        )
+    if len(scheme.layers) != count:
+        raise ValueError(f"[make_prompt_cache] '{scheme}' has {len(scheme.layers)} layers, this model {count}.")
+    return scheme.layers
+
+
 def _layer_cache(scheme: KVScheme, index: int, layer: Any, cache: Any, mark: str) -> Any:
     if type(cache) is not mlx_lm_cache.KVCache:
         return cache
     if scheme.method == "affine":
         return mlx_lm_cache.QuantizedKVCache(group_size=scheme.group, bits=scheme.key_bits)
+    if scheme.method == "fp16":
+        cache.turboquant_why_raw = "the scheme file keeps this layer raw"
+        return cache
     modules, reason = attention_modules(layer)
     if reason is None and len(modules) > 1:
         reason = f"its attention is spread over {', '.join(m.__name__ for m in modules)}"

@@ -13,7 +13,7 @@ from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.cache.saved_state import FORMAT_VERSION
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.mlx_lm_hooks import hook
-from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.scheme_file import mismatch, resolve
 
 _FORMAT, _SCHEME, _MODEL = "mlx_turboquant_format", "mlx_turboquant_scheme", "mlx_turboquant_model"
 _MAX_HEADER_BYTES = 64 << 20
@@ -90,11 +90,11 @@ def load_prompt_cache(
         mx.eval([c.state for c in cache])
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise _error(path, str(error)) from error
-    ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
     if kv_scheme is not None:
-        wanted, got = KVScheme.parse(kv_scheme), None if ours is None else ours.scheme
-        if got != wanted and not (ours is None and wanted.method != "turbo"):
-            raise ValueError(f"[load_prompt_cache] {path} has the scheme '{got or 'fp16'}', '{wanted}' was asked for.")
+        wanted, held = resolve(kv_scheme), [c.scheme for c in cache if isinstance(c, TurboQuantKVCache)]
+        differ = mismatch(held, wanted) if held else (wanted.method == "turbo") and ("fp16", str(wanted))
+        if differ:
+            raise ValueError(f"[load_prompt_cache] {path} has the scheme '{differ[0]}', '{differ[1]}' was asked for.")
     if model is not None:
         check_model(cache, metadata, model, path)
         hook(model)

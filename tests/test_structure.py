@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mlx_turboquant"
 # Each room may import from its own row and the rows above it.
 ROOMS = [
-    {"scheme", "codebook", "rotation", "packing", "tensor", "kernel_source"},
+    {"scheme", "scheme_file", "codebook", "rotation", "packing", "tensor", "kernel_source"},
     {"ops", "conditioning"},
     {"quantizers"},
     {"attention"},
@@ -22,7 +22,9 @@ ROOMS = [
     {"cache", "layers"},
     {"mlx_lm_hooks"},
     {"report", "prompt_cache_file", "generation"},
-    {"cli", "generate", "cache_prompt", "__main__", "__init__"},
+    {"reference_logits", "sizes", "evaluation"},
+    {"planning"},
+    {"cli", "generate", "cache_prompt", "evaluate", "plan", "__main__", "__init__"},
 ]
 RANK = {name: row for row, names in enumerate(ROOMS) for name in names}
 

@@ -160,6 +160,29 @@ class TurboQuantKVCache:
             for rows in self._tail
         )
 
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """Stored bits per element of encoded keys and of encoded values: codes, scales, centres; 16 or 32 while raw."""
+        if self._blocks is None:
+            bits = 16.0 if self._tail[0].array is None else 8.0 * self._tail[0].array.itemsize
+            return bits, bits
+        packed = (blocks.view() for blocks in self._blocks)
+        return tuple(
+            8 * rows.nbytes / (rows.length * rows.codes.shape[0] * rows.codes.shape[1] * quantizer.dim)
+            for rows, quantizer in zip(packed, self._quantizers, strict=True)
+        )
+
+    def adopt(self, other: "TurboQuantKVCache") -> None:
+        """Take over the prompt that another cache, of any scheme, holds raw.
+
+        Raises:
+            ValueError: if this cache is not empty or the other is compressed already.
+        """
+        if not self.empty() or other._blocks is not None:
+            raise ValueError("[TurboQuantKVCache.adopt] Only an empty cache can adopt, and only a raw one.")
+        self.update_and_fetch(*(mx.array(rows) for rows in other.keys_and_values()))
+        self._query_squares = other._query_squares
+
     def trim(self, n: int) -> int:
         """Forget the newest n tokens (or all, if there are fewer) and return how many that was.
 

@@ -6,6 +6,8 @@ import sys
 COMMANDS = {
     "generate": "mlx_lm.generate with --kv-scheme and --kv-report",
     "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
+    "evaluate": "KLD, perplexity and top-1 agreement of schemes against the fp16 cache",
+    "plan": "bits for each layer under a budget of memory or quality",
     "hook": "make the literal mlx_lm.generate take --kv-scheme (opt-in)",
 }
 

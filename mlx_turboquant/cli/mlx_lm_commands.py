@@ -12,7 +12,7 @@ from typing import Any
 
 SCHEME_HELP = (
     "How to store the KV cache: fp16, affine4, affine8, or turbo{K}v{V} with K bits per key and V per value element "
-    "(0 raw, 2, 3, 4, 8), e.g. turbo4 or turbo4v2:window=32."
+    "(0 raw, 2, 3, 4, 8), e.g. turbo4 or turbo4v2:window=32; or @FILE.json from mlx_turboquant.plan."
 )
 
 
@@ -126,11 +126,11 @@ def _keep_parsed(module: ModuleType, parser: argparse.ArgumentParser) -> None:
         parsed = parse(*args, **kwargs)
         used = parsed.kv_scheme is not None or getattr(parsed, "kv_report", None) or parsed.prompt_cache_file
         if parsed.kv_scheme is not None:
-            from mlx_turboquant.scheme import KVScheme
+            from mlx_turboquant.scheme_file import resolve
 
             try:
-                scheme = KVScheme.parse(parsed.kv_scheme)
-            except ValueError as error:
+                scheme = resolve(parsed.kv_scheme)
+            except (ValueError, OSError) as error:
                 parser.error(str(error))
             if scheme.method != "fp16" and parsed.kv_bits is not None:
                 parser.error(f"--kv-bits {parsed.kv_bits} conflicts with --kv-scheme {scheme}: leave out one")

@@ -1,0 +1,95 @@
+"""A scheme for each layer, kept in a JSON file that ``--kv-scheme @file.json`` accepts.
+
+    {"format": 1, "model": "<fingerprint>", "layers": ["turbo4v3", "fp16", ...], ...}
+
+Other keys are for the reader and ignored. ``fp16`` keeps a layer raw.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_turboquant.scheme import KVScheme
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerSchemes:
+    """One scheme per layer, each ``turbo`` or ``fp16``.
+
+    Attributes:
+        layers: in the order of the model's prompt cache.
+        model: fingerprint of the model they were chosen for; "" for any.
+        name: how messages call it.
+    """
+
+    layers: tuple[KVScheme, ...]
+    model: str = ""
+    name: str = "per-layer schemes"
+    method = "turbo"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def resolve(kv_scheme: Any) -> KVScheme | LayerSchemes:
+    """What a scheme argument means: text as `KVScheme.parse` takes it, ``@file.json``, or either class.
+
+    Raises:
+        ValueError: if the text or the file does not parse.
+        OSError: if the file cannot be read.
+    """
+    if isinstance(kv_scheme, LayerSchemes):
+        return kv_scheme
+    if isinstance(kv_scheme, str) and kv_scheme.startswith("@"):
+        return load(kv_scheme[1:])
+    return KVScheme.parse(kv_scheme)
+
+
+def load(path: str | os.PathLike) -> LayerSchemes:
+    """Read a scheme file; errors as for `resolve`."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        raw = file.read(1 << 20)
+    try:
+        data = json.loads(raw)
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT} is supported, got {data['format']!r}")
+        layers, model = data["layers"], data.get("model", "")
+        if not isinstance(layers, list) or not layers or not all(isinstance(text, str) for text in layers):
+            raise ValueError("'layers' must be a list of scheme texts")
+        if not isinstance(model, str):
+            raise ValueError("'model' must be text")
+        schemes = tuple(KVScheme.parse(text) for text in layers)
+        if any(scheme.method == "affine" for scheme in schemes):
+            raise ValueError("a layer's scheme must be fp16 or turbo")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"[scheme file] {path} is not a scheme file: {what}.") from error
+    return LayerSchemes(schemes, model, f"@{path}")
+
+
+def save(path: str | os.PathLike, schemes: LayerSchemes, **notes: Any) -> None:
+    """Write a scheme file, whole or not at all; notes are stored beside the schemes."""
+    path = Path(path)
+    data = {"format": FORMAT, "model": schemes.model, "layers": [str(s) for s in schemes.layers], **notes}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def mismatch(held: list[KVScheme], wanted: KVScheme | LayerSchemes) -> tuple[str, str] | None:
+    """(held, wanted) as text if a cache's compressed layers are not what was asked for."""
+    if isinstance(wanted, LayerSchemes):
+        layers = [scheme for scheme in wanted.layers if scheme.method == "turbo"]
+    else:
+        layers = [wanted] * len(held)
+    if held == layers:
+        return None
+    return ", ".join(dict.fromkeys(map(str, held))), str(wanted)
