@@ -14,7 +14,7 @@ Cauchy-Schwarz, for s_i = (E q_i^2 / E k_i^2)^(1/4). The expectations are taken 
 import mlx.core as mx
 
 # Channels that queries or keys leave (almost) unused get a share of the mean, so that no factor explodes.
-BALANCE_FLOOR = 1e-2
+BALANCE_FLOOR = 1e-3
 
 
 def finite_or_zero(x: mx.array) -> mx.array:

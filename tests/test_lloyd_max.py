@@ -6,6 +6,7 @@ import pytest
 from reference import quantize_row
 
 from mlx_turboquant import codebook
+from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.lloyd_max import dequantize, quantize
 from mlx_turboquant.packing import unpack_codes, words_per_row
 
@@ -36,14 +37,29 @@ def test_codes_and_scales_are_those_of_the_literal_definition(bits, group):
     x, centroids = rows(bits), codebook.gaussian(bits)
     packed = quantize(mx.array(x), bits, group, mx.float32)
     codes = np.array(unpack_codes(packed.codes, bits, D)).reshape(-1, group)
-    scales = np.array(packed.scales).reshape(-1)
+    scales, same = np.array(packed.scales).reshape(-1), 0
     for row, code, scale in zip(x.reshape(-1, group), codes, scales, strict=True):
         wanted, wanted_scale = quantize_row(row, centroids)
-        assert scale == pytest.approx(wanted_scale, rel=1e-5)
-        unit = row / np.sqrt(np.mean(row.astype(np.float64) ** 2))
-        ties = np.abs(np.abs(unit - centroids[code]) - np.abs(unit - centroids[wanted])) < 1e-5
-        assert np.all((code == wanted) | ties)
-        assert np.mean(code == wanted) > 0.9
+        got, best = (cosine(row, centroids[c]) for c in (code, wanted))
+        # Two scalings may be as good as each other within float32; then their codes differ and their errors do not.
+        assert got >= best - 1e-6
+        if np.array_equal(code, wanted):
+            same += 1
+            assert scale == pytest.approx(wanted_scale, rel=1e-5)
+    assert same >= 0.8 * len(scales)
+
+
+def cosine(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 1.0), (3, 0.96), (4, 0.88), (8, 0.84)])
+def test_trying_scalings_lowers_the_error(bits, most, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((1, 1, 1000, D)).astype(np.float32)
+    tried = np.square(round_trip(x, bits) - x).mean()
+    monkeypatch.setattr(lloyd_max, "_SCALINGS", (1.0,))
+    assert tried < np.square(round_trip(x, bits) - x).mean() * most
 
 
 @each_group

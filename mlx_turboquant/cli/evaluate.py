@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+import mlx_turboquant
 from mlx_turboquant.cli.errors import one_line_errors
 from mlx_turboquant.cli.texts import load_ids
 from mlx_turboquant.evaluation import SchemeResult, evaluate, parse_schemes
@@ -84,7 +85,7 @@ def card(model: str, what: str) -> str:
     """Where and with what a figure was made."""
     return (
         f"{Path(model).name}: {what}\n{platform.system()} {platform.machine()}, {mx.default_device()}, "
-        f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx_turboquant {version('mlx-turboquant')}\n"
+        f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx_turboquant {mlx_turboquant.__version__}\n"
     )
 
 
