@@ -116,7 +116,7 @@ def test_a_channel_that_queries_or_keys_leave_unused_gets_a_moderate_factor():
     queries, keys = np.array(energies()[0]), np.array(energies()[1])
     queries[..., 3], keys[..., 5] = 0, 0
     s = np.array(balance_factors(mx.array(queries), mx.array(keys)))
-    assert np.all((s > 0.15) & (s < 6))  # the floor of 1e-3 to the power 1/4, about
+    assert np.all((s > 0.1) & (s < 10))  # a floor of 1e-3 allows 0.18 and its inverse, beside the rest
     assert np.all((s[..., 3] < s[..., 4]) & (s[..., 4] < s[..., 5]))
 
 

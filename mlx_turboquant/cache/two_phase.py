@@ -8,7 +8,6 @@ Its tokens lie in three parts, any of them empty:
 """
 
 import sys
-import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +17,7 @@ from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
 from mlx_turboquant.cache import saved_state
 from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
+from mlx_turboquant.cache.checks import NonfiniteReport, check_rows
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import CompressedRows
@@ -25,7 +25,6 @@ from mlx_turboquant.tensor import CompressedRows
 # mlx-lm's prefill loops evaluate `[c.state for c in prompt_cache]` after each chunk of a prompt and never while
 # decoding. That tells a chunk of one token from a decode step, whatever the chunk size.
 PREFILL_LOOPS = ("mlx_lm.generate", "mlx_lm.evaluate")
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 class TurboQuantKVCache:
@@ -59,8 +58,7 @@ class TurboQuantKVCache:
         self._query_squares: mx.array | None = None  # (B, Hkv, D) float32, over the prompt
         self._chunk_ended = False  # a prefill loop read the state since the last update
         self._trimmed = False  # trim was called since the last update
-        self._unreported: list[mx.array] = []  # counts of encoded rows that held NaN or Inf
-        self._steps_until_check = 0
+        self._nonfinite = NonfiniteReport()
 
     # --- what a model calls -------------------------------------------------------------------------------------
 
@@ -74,14 +72,14 @@ class TurboQuantKVCache:
             ValueError: for shapes or dtypes that do not fit this cache, an odd head size, or no tokens.
             RuntimeError: if the attention that can read compressed rows has been removed from the model.
         """
-        self._check(keys, values)
+        self._admit(keys, values)
         if decoding := self._is_decode(keys.shape[2]):
             self._check_bound()
         self._chunk_ended = self._trimmed = False
         self._append_to_tail(keys, values)
         if decoding:
             self.compress()
-        self._report_nonfinite()
+        self._nonfinite.step(self.layer)
         return self.keys_and_values()
 
     def keys_and_values(self):
@@ -231,9 +229,7 @@ class TurboQuantKVCache:
             step = max(4096 // block, 1) * block
             for start in range(0, stop - skip, step):
                 blocks.append(quantizer.encode(rows[:, :, start : start + step]), stop - skip)
-        bad = (~(mx.isfinite(keys).all(axis=-1) & mx.isfinite(values).all(axis=-1))).sum()
-        self._unreported.append(bad)
-        self._steps_until_check = 2
+        bad = self._nonfinite.add(keys, values)
         for rows in self._tail:
             rows.keep(stop, rows.length, block + window + MAX_DIRECT_QUERIES)
             # Whoever evaluates the tail evaluates the count: left for later, it would keep the raw rows alive.
@@ -278,31 +274,15 @@ class TurboQuantKVCache:
 
     # --- checks ---------------------------------------------------------------------------------------------------
 
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        where = f"[TurboQuantKVCache] layer {self.layer}:"
-        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
-            raise ValueError(
-                f"{where} keys and values must be (B, Hkv, L, D) with equal B, Hkv and L > 0, "
-                f"got {keys.shape} and {values.shape}."
-            )
-        if keys.dtype != values.dtype or keys.dtype not in FLOATS:
-            raise ValueError(
-                f"{where} keys and values must both be float16, bfloat16 or float32, "
-                f"got {keys.dtype} and {values.dtype}."
-            )
-        for held, new, name in zip(self._tail, (keys, values), ("keys", "values"), strict=True):
-            if held.array is not None:
-                B, H, _, D = held.array.shape
-                if (B, H, D, held.array.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
-                    raise ValueError(
-                        f"{where} holds {name} of batch {B}, {H} heads, head size {D}, {held.array.dtype}; "
-                        f"got {new.shape}, {new.dtype}. Make a new cache for another batch or model."
-                    )
+    def _admit(self, keys: mx.array, values: mx.array) -> None:
+        check_rows(self.layer, self._tail, keys, values)
         if self._quantizers is None:
             try:
                 self._quantizers = make_quantizers(self.scheme, keys.shape[3], values.shape[3], keys.dtype)
             except ValueError as error:
-                raise ValueError(f"{where} scheme '{self.scheme}' cannot store this layer. {error}") from error
+                raise ValueError(
+                    f"[TurboQuantKVCache] layer {self.layer}: scheme '{self.scheme}' cannot store this layer. {error}"
+                ) from error
         if self._must_bind:
             self._must_bind = False
             if hasattr(sys.modules.get(self.module), ATTENTION):
@@ -316,19 +296,6 @@ class TurboQuantKVCache:
                 f"[TurboQuantKVCache] layer {self.layer}: the attention of {self.module} cannot read compressed rows "
                 "(it was unhooked, or this is another model's cache). Call mlx_turboquant.hook(model) first."
             )
-
-    def _report_nonfinite(self) -> None:
-        # Two steps later the counts are computed anyway, so that looking at them does not stall the pipeline.
-        self._steps_until_check -= 1
-        if self._unreported and self._steps_until_check < 0:
-            count, self._unreported = sum(c.item() for c in self._unreported), []
-            if count:
-                warnings.warn(
-                    f"[TurboQuantKVCache] layer {self.layer}: {count} tokens had NaN or Inf in their keys or values; "
-                    "those entries were stored as their block's mean (keys) or 0 (values).",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
 
     # --- saving ---------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,9 @@ def _plan(args: argparse.Namespace, model: Any, tokenizer: Any, shapes: list[Lay
     layers = [shape is not None for shape in shapes]
     context = args.context or 32768
     budget = args.memory if args.memory and args.context else None
+    smallest = planning.plan_nbytes([s and (2, 2) for s in shapes], shapes, context)
+    if budget is not None and budget < smallest:  # known before anything is measured
+        _refuse(f"{budget:,} bytes at {context:,} tokens: 2 bits everywhere take {smallest:,} already")
     total = args.prompt_tokens + args.tokens * (2 * sum(layers) + 2 * len(planning.WIDTHS[1:]) + 1)
     with tqdm(total=total, unit="tok", desc="measuring", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         sensitivity = planning.measure(model, first, args.prompt_tokens, layers, bar.update)
@@ -82,9 +85,6 @@ def _plan(args: argparse.Namespace, model: Any, tokenizer: Any, shapes: list[Lay
     aim = args.kld
     for _ in range(4):
         plan = planning.choose(sensitivity, shapes, context, budget, aim)
-        if plan is None:
-            smallest = planning.plan_nbytes([s and (2, 2) for s in shapes], shapes, context)
-            _refuse(f"{budget:,} bytes at {context:,} tokens: 2 bits everywhere take {smallest:,} already")
         nbytes = planning.plan_nbytes(plan, shapes, context)
         uniform = planning.best_uniform(sensitivity, shapes, context, nbytes)
         schemes = [planning.as_schemes(plan, model), str(planning._scheme(uniform))]
