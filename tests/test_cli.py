@@ -118,8 +118,11 @@ def test_the_command_list():
 
 def test_the_hook_line_teaches_mlx_lm_its_flags_and_costs_nothing_else(tmp_path, model_dir, prompt):
     """The .pth line works from any site folder; a temporary one stands in for site-packages here."""
-    (tmp_path / hook.NAME).write_text(hook.pth_line())
-    site = f"import site, sys; site.addsitedir({str(tmp_path)!r}); "
+    folders = [tmp_path / name for name in ("lib", "lib64")]  # where a virtual environment has one folder twice
+    for folder in folders:
+        folder.mkdir()
+        (folder / hook.NAME).write_text(hook.pth_line())
+    site = f"import site, sys; [site.addsitedir(f) for f in {[str(folder) for folder in folders]!r}]; "
     program = site + "sys.argv[0] = 'mlx_lm.generate'; from mlx_lm.generate import main; main()"
     arguments = ("--prompt", prompt, "--kv-scheme", "turbo4", "--kv-report")
     code, out, err = generate(model_dir, *arguments, module=("-c", program))

@@ -6,6 +6,7 @@ import sys
 class _ExtendOnImport:
     """A finder that lets the usual ones find the module and runs ours after the module's own code."""
 
+    mlx_turboquant = True
     names = {"mlx_lm.generate": "extend_generate", "mlx_lm.cache_prompt": "extend_cache_prompt"}  # noqa: RUF012
 
     def find_spec(self, name, path=None, target=None):
@@ -29,4 +30,7 @@ class _ExtendOnImport:
         return exec_module
 
 
-sys.meta_path.insert(0, _ExtendOnImport())
+# Python reads the .pth file once for each name of the folder it lies in, and a virtual environment on Linux has two
+# (lib and lib64). Two finders would ask each other for ever.
+if not any(hasattr(finder, "mlx_turboquant") for finder in sys.meta_path):
+    sys.meta_path.insert(0, _ExtendOnImport())
