@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step
 
 import mlx_turboquant
-from mlx_turboquant.cli.evaluate import card, load_model
+from mlx_turboquant.cli.evaluate import card, expand, load_model
 from mlx_turboquant.evaluation import convert, parse_schemes
 
 CITIES = ("Lisbon", "Oslo", "Quito", "Cairo", "Hanoi", "Lima", "Perth", "Dakar")
@@ -91,7 +91,8 @@ def main() -> None:
     else:
         if not args.model:
             parser.error("--model or --from-json is needed")
-        model, tokenizer = load_model(args.model, args.dtype)
+        model, tokenizer = load_model(args.model)
+        model = expand(model, args.dtype)
         topics = pydoc_data.topics.topics
         words = list(tokenizer.encode("\n\n".join(topics[key] for key in sorted(topics))))
         lengths = [int(n) for n in args.lengths.split(",")]

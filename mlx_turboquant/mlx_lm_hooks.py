@@ -11,7 +11,7 @@ from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.layers import attention_modules
 from mlx_turboquant.scheme import KVScheme
-from mlx_turboquant.scheme_file import LayerSchemes, resolve
+from mlx_turboquant.scheme_file import LayerSchemes, for_model, resolve
 
 _WHY_RAW = {
     "RotatingKVCache": "a sliding window is bounded already: mlx-lm's rotating cache",
@@ -103,13 +103,9 @@ def _is_compressed(cache: Any) -> bool:
 
 
 def _per_layer(scheme: KVScheme | LayerSchemes, count: int, mark: str) -> tuple[KVScheme, ...]:
+    scheme = for_model(scheme, mark)
     if isinstance(scheme, KVScheme):
         return (scheme,) * count
-    if scheme.model and scheme.model != mark:
-        raise ValueError(
-            f"[make_prompt_cache] '{scheme}' was chosen for a model with fingerprint {scheme.model}, this model's is "
-            f"{mark}. Plan again for this model."
-        )
     if len(scheme.layers) != count:
         raise ValueError(f"[make_prompt_cache] '{scheme}' has {len(scheme.layers)} layers, this model {count}.")
     return scheme.layers

@@ -7,7 +7,7 @@ Other keys are for the reader and ignored. ``fp16`` keeps a layer raw.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,22 @@ def save(path: str | os.PathLike, schemes: LayerSchemes, **notes: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def for_model(scheme: KVScheme | LayerSchemes, mark: str) -> KVScheme | LayerSchemes:
+    """The scheme, checked against the model's fingerprint and then good for any expansion of that model's weights.
+
+    Raises:
+        ValueError: if it was chosen for another model.
+    """
+    if isinstance(scheme, KVScheme):
+        return scheme
+    if scheme.model and scheme.model != mark:
+        raise ValueError(
+            f"[scheme file] '{scheme}' was chosen for a model with fingerprint {scheme.model}, this model's is {mark}. "
+            "Plan again for this model."
+        )
+    return replace(scheme, model="")
 
 
 def mismatch(held: list[KVScheme], wanted: KVScheme | LayerSchemes) -> tuple[str, str] | None:

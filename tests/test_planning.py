@@ -69,11 +69,12 @@ def test_measuring_adds_up_to_the_uniform_schemes(model):
     ids = tokens(230)[0].tolist()
     found = planning.measure(model, ids, 200, [True, True], lambda done: None)
     assert all(k > 0 for k in found.keys + found.values)
-    assert found.key_factor[8] < found.key_factor[4] < found.key_factor[3] < found.key_factor[2]
+    assert 0 <= found.key_factor[8] < found.key_factor[4] < found.key_factor[3] < found.key_factor[2]
     from mlx_turboquant.evaluation import evaluate
 
     uniform = evaluate(model, ids, ["turbo2v0"], 200, 230, keep_logits=False)[0]
-    assert found.kld([(2, 0), (2, 0)]) == pytest.approx(uniform.kld.mean(), rel=1e-3)
+    # Less the rounding noise that 8 bits measure, which is small in float32.
+    assert found.kld([(2, 0), (2, 0)]) == pytest.approx(uniform.kld.mean(), rel=1e-2)
 
 
 def test_a_scheme_file_gives_each_layer_its_own(model, tmp_path):

@@ -15,6 +15,8 @@ import mlx_turboquant
 from mlx_turboquant.cli.errors import one_line_errors
 from mlx_turboquant.cli.texts import load_ids
 from mlx_turboquant.evaluation import SchemeResult, evaluate, parse_schemes
+from mlx_turboquant.fingerprint import fingerprint
+from mlx_turboquant.scheme_file import for_model, resolve
 
 DEFAULT_SCHEMES = "turbo0v4,turbo8,turbo4,turbo3,turbo4v2,turbo2,affine8,affine4"
 
@@ -48,7 +50,9 @@ def main() -> None:
         if args.offset < 0 or args.bands < 0:
             raise ValueError("[--offset, --bands] must not be negative.")
         schemes = parse_schemes(args.kv_scheme)
-        model, tokenizer = load_model(args.model, args.dtype)
+        model, tokenizer = load_model(args.model)
+        schemes = [for_model(resolve(scheme), fingerprint(model)) for scheme in schemes]
+        model = expand(model, args.dtype)
         # The last token is only a target, so one more is read than is fed.
         ids = load_ids(tokenizer, args.text, args.offset, args.prompt_tokens + args.tokens + 1)
         print(card(args.model, f"{args.text} from token {args.offset}, {args.prompt_tokens} prompt tokens, "
@@ -65,20 +69,29 @@ def main() -> None:
             plot(results, args.plot, args.model)
 
 
-def load_model(name: str, dtype: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer); with a dtype, the weights expanded to it."""
+def load_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer).
+
+    Raises:
+        OSError: if it is neither a folder nor a repository that can be fetched.
+    """
     import mlx_lm
-    from mlx_lm.utils import dequantize_model
 
     try:
-        model, tokenizer = mlx_lm.load(name)
+        return mlx_lm.load(name)
     except Exception as error:  # a missing folder reaches the hub's client, which raises a dozen kinds
         raise OSError(f"[--model] {name} could not be loaded: {error}") from error
+
+
+def expand(model: Any, dtype: str | None) -> Any:
+    """The model with its weights expanded to a dtype; as it is for None."""
     if dtype is not None:
+        from mlx_lm.utils import dequantize_model
+
         model = dequantize_model(model)
         model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())
-    return model, tokenizer
+    return model
 
 
 def card(model: str, what: str) -> str:

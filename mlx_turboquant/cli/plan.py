@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tqdm import tqdm
 from mlx_turboquant import planning
 from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.cli.errors import one_line_errors
-from mlx_turboquant.cli.evaluate import card, load_model, table
+from mlx_turboquant.cli.evaluate import card, expand, load_model, table
 from mlx_turboquant.cli.texts import load_ids
+from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.mlx_lm_hooks import make_prompt_cache
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.scheme_file import save
@@ -45,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--offset", type=int, default=1000, help="first token of the text to use (1000)")
     out.add_argument("--prompt-tokens", type=int, default=192, help="tokens read with a raw cache (192)")
     out.add_argument("--tokens", type=int, default=48, help="tokens scored for each measurement (48)")
-    out.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="expand the weights to this dtype")
+    out.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="measure with the weights expanded to this"
+    )
     out.add_argument("--json", action="store_true", help="end with one line of JSON")
     return out
 
@@ -58,17 +62,19 @@ def main() -> None:
             raise ValueError(f"[--kld] must be above 0, got {args.kld}.")
         if args.prompt_tokens < 160 or args.tokens < 8:
             raise ValueError("[--prompt-tokens, --tokens] at least 160 and 8 are needed to measure anything.")
-        model, tokenizer = load_model(args.model, args.dtype)
+        model, tokenizer = load_model(args.model)
         shapes = layer_shapes(model)
         able = [isinstance(c, TurboQuantKVCache) for c in make_prompt_cache(model, kv_scheme="turbo4")]
         if not any(able):
             raise ValueError("[plan] No layer of this model can be compressed; the warning above says why.")
         print(card(args.model, f"planned on {args.text} from token {args.offset}"))
         print(_sizes(shapes, able, args.memory, args.context) + "\n")
-        _plan(args, model, tokenizer, [shape if can else None for shape, can in zip(shapes, able, strict=True)])
+        mark = fingerprint(model)  # of the model as it will be used, whatever it is measured in
+        model = expand(model, args.dtype)
+        _plan(args, model, mark, tokenizer, [shape if can else None for shape, can in zip(shapes, able, strict=True)])
 
 
-def _plan(args: argparse.Namespace, model: Any, tokenizer: Any, shapes: list[LayerShape | None]) -> None:
+def _plan(args: Any, model: Any, mark: str, tokenizer: Any, shapes: list[LayerShape | None]) -> None:
     span = args.prompt_tokens + args.tokens
     ids = load_ids(tokenizer, args.text, args.offset, 2 * span + 2)
     first, second = ids[: span + 1], ids[span + 1 :]
@@ -87,17 +93,23 @@ def _plan(args: argparse.Namespace, model: Any, tokenizer: Any, shapes: list[Lay
         plan = planning.choose(sensitivity, shapes, context, budget, aim)
         nbytes = planning.plan_nbytes(plan, shapes, context)
         uniform = planning.best_uniform(sensitivity, shapes, context, nbytes)
-        schemes = [planning.as_schemes(plan, model), str(planning._scheme(uniform))]
+        schemes = [planning.as_schemes(plan), str(planning.as_scheme(uniform))]
         chosen, same = planning.verify(model, second, schemes, args.prompt_tokens, lambda done: None)
         kld = float(chosen.kld.mean())
+        if float(same.kld.mean()) < kld:  # the differences between layers were too small to measure on this text
+            plan, kld = [shape and uniform for shape in shapes], float(same.kld.mean())
+            nbytes = planning.plan_nbytes(plan, shapes, context)
         if kld <= args.kld or budget is not None:
             break
         aim *= min(args.kld / kld, 0.8)  # the prediction was too kind: ask it for less
 
     print(_layers(plan, sensitivity) + "\n\nMeasured on the text that follows the one the plan was made from:\n")
     print(table([chosen, same]) + "\n")
-    better = "less" if kld <= float(same.kld.mean()) else "MORE"
-    print(f"{nbytes:,} bytes at {context:,} tokens; {better} KLD than {same.scheme}, the best single scheme in as few.")
+    if kld < float(chosen.kld.mean()):
+        what = f"{same.scheme} in every layer does better than bits by layer, and is taken"
+    else:
+        what = f"less KLD than {same.scheme}, the best single scheme in as few"
+    print(f"{nbytes:,} bytes at {context:,} tokens; {what}.")
     if kld > args.kld:
         what = f"{budget:,} bytes at {context:,} tokens" if budget else "any plan"
         _refuse(f"{what}: the best one measured has a mean KLD of {kld:.4f}, {args.kld} was asked for")
@@ -105,7 +117,8 @@ def _plan(args: argparse.Namespace, model: Any, tokenizer: Any, shapes: list[Lay
         fits = context_that_fits(lambda tokens: planning.plan_nbytes(plan, shapes, tokens), args.memory)
         print(f"{fits:,} tokens fit into {args.memory:,} bytes.")
     output = args.output or f"{Path(args.model).name}.kv.json"
-    save(output, planning.as_schemes(plan, model), kld=kld, nbytes=nbytes, context=context, name=Path(args.model).name)
+    schemes = replace(planning.as_schemes(plan), model=mark)
+    save(output, schemes, kld=kld, nbytes=nbytes, context=context, name=Path(args.model).name)
     print(f"Wrote {output}. Use it with --kv-scheme @{output}")
     if args.json:
         print(json.dumps({"plan": chosen.summary(), "uniform": same.summary(), "nbytes": nbytes, "file": output}))
