@@ -66,8 +66,8 @@ def measure(
     results = evaluate(model, ids, schemes, prompt_tokens, len(ids), progress, keep_logits=False)
     klds = [float(result.kld.mean()) for result in results]
     n = len(compressed)
-    # Any change, however small, sends a 16-bit model down another path of roundings: 1.7e-3 nats on SmolLM2 in bfloat16,
-    # for one layer or for all. 8 bits change next to nothing else, so they measure it, and it is taken off.
+    # Any change, however small, sends a 16-bit model down another path of roundings: 1.7e-3 nats on SmolLM2 in
+    # bfloat16, for one layer or for all. 8 bits change next to nothing else, so they measure it; it is taken off.
     floor = min(klds[2 * n + uniform.index(name)] for name in ("turbo8v0", "turbo0v8"))
     klds = [max(kld - floor, 1e-9) for kld in klds]
     whole = dict(zip(uniform, klds[2 * n :], strict=True))

@@ -95,6 +95,18 @@ def test_the_folder_is_bounded(model, folder, monkeypatch):
     assert set(folder.iterdir()) == before
 
 
+def test_a_scheme_that_fails_is_left_out_and_named(model, monkeypatch):
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    def broken(self, keys, values):
+        raise ValueError("[quantized_matmul] No implementation for problem shape")
+
+    monkeypatch.setattr(QuantizedKVCache, "update_and_fetch", broken)
+    with pytest.warns(RuntimeWarning, match="'affine8' is left out: .*No implementation"):
+        results = evaluate(model, tokens(190)[0].tolist(), ["affine8", "turbo4"], 150)
+    assert [r.scheme for r in results] == ["turbo4"] and len(results[0].kld) == 39
+
+
 def test_lists_of_schemes():
     assert parse_schemes("turbo4,affine8") == ["turbo4", "affine8"]
     assert parse_schemes("turbo4:sinks=0,window=8,turbo2") == ["turbo4:sinks=0,window=8", "turbo2"]
@@ -124,13 +136,13 @@ def test_the_command_prints_a_table_json_and_a_plot(model_dir, tmp_path, capsys,
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{2 + (i * i * 31) % 94}" for i in range(400)))
     arguments = ["evaluate", "--model", str(model_dir), "--text", str(text), "--offset", "5", "--prompt-tokens", "150"]
-    arguments += ["--tokens", "12", "--kv-scheme", "turbo4,affine8", "--bands", "2", "--json", "--plot"]
+    arguments += ["--tokens", "12", "--kv-scheme", "turbo4", "--bands", "2", "--json", "--plot"]
     monkeypatch.setattr("sys.argv", [*arguments, str(tmp_path / "p.png")])
     command.main()
     out = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| turbo4 | 5.00 | 4.50 |") for line in out)
     results = json.loads(next(line for line in out if line.startswith("{")))["results"]
-    assert [r["scheme"] for r in results] == ["turbo4", "affine8"] and len(results[0]["kld_bands"]) == 2
+    assert [r["scheme"] for r in results] == ["turbo4", "affine8", "affine4"] and len(results[0]["kld_bands"]) == 2
     assert {"bits_key", "bits_value", "bytes_per_token", "ratio", "ppl", "ppl_fp16", "kld", "kld_p99", "top1"} <= set(
         results[0]
     )

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
                      help="expand the weights to this dtype (a CPU is fastest with bfloat16)")  # fmt: skip
     out.add_argument("--no-kept-logits", action="store_true", help="neither read nor write fp16 logits on disk")
     out.add_argument("--json", action="store_true", help="end with one line of JSON")
-    out.add_argument("--plot", metavar="FILE.png", help="draw KLD against bits per element")
+    out.add_argument("--plot", metavar="FILE.png", help="draw KLD against bits per element, affine4 and 8 too")
     return out
 
 
@@ -50,6 +50,8 @@ def main() -> None:
         if args.offset < 0 or args.bands < 0:
             raise ValueError("[--offset, --bands] must not be negative.")
         schemes = parse_schemes(args.kv_scheme)
+        if args.plot:  # the reference that the plot is read against
+            schemes += [name for name in ("affine8", "affine4") if name not in schemes]
         model, tokenizer = load_model(args.model)
         schemes = [for_model(resolve(scheme), fingerprint(model)) for scheme in schemes]
         model = expand(model, args.dtype)
@@ -62,6 +64,8 @@ def main() -> None:
             results = evaluate(
                 model, ids, schemes, args.prompt_tokens, args.step, bar.update, keep_logits=not args.no_kept_logits
             )
+        if not results:
+            raise ValueError("[evaluate] None of the schemes runs here; the warnings above say why.")
         print(table(results, args.bands))
         if args.json:
             print(json.dumps({"results": [result.summary(args.bands) for result in results]}))
@@ -145,7 +149,7 @@ def plot(results: list[SchemeResult], file: str, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for prefix, marker in (("turbo", "o"), ("affine", "s")):
-        rows = [r.summary() for r in results if r.scheme.startswith(prefix)]
+        rows = [r.summary() for r in results if r.scheme.startswith("affine") == (prefix == "affine")]
         bits = [(row["bits_key"] + row["bits_value"]) / 2 for row in rows]
         axes.plot(bits, [max(row["kld"], 1e-6) for row in rows], marker, label=prefix)
         for x, row in zip(bits, rows, strict=True):
