@@ -1,6 +1,9 @@
 """Tiny random models and the helpers that several test files share."""
 
 import json
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on CUDA, MLX would multiply float32 with 10 bits of mantissa
 
 import mlx.core as mx
 import pytest
