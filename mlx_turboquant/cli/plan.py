@@ -30,6 +30,7 @@ from mlx_turboquant.sizes import LayerShape, cache_nbytes, context_that_fits, la
 
 SHOWN = ("fp16", "turbo8", "turbo4", "turbo4v2", "turbo3", "turbo2")
 REFUSED = 3
+VERIFIED = 96  # at least so many tokens are scored to verify a plan
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -75,9 +76,10 @@ def main() -> None:
 
 
 def _plan(args: Any, model: Any, mark: str, tokenizer: Any, shapes: list[LayerShape | None]) -> None:
-    span = args.prompt_tokens + args.tokens
-    ids = load_ids(tokenizer, args.text, args.offset, 2 * span + 2)
-    first, second = ids[: span + 1], ids[span + 1 :]
+    span = args.prompt_tokens + args.tokens + 1
+    # Verifying reads three caches where measuring reads dozens, and decides between close plans: it gets more tokens.
+    ids = load_ids(tokenizer, args.text, args.offset, span + args.prompt_tokens + max(args.tokens, VERIFIED) + 1)
+    first, second = ids[:span], ids[span:]
     layers = [shape is not None for shape in shapes]
     context = args.context or 32768
     budget = args.memory if args.memory and args.context else None
