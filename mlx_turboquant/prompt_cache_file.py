@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.cache.saved_state import FORMAT_VERSION
+from mlx_turboquant.files import written_whole
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.mlx_lm_hooks import hook
 from mlx_turboquant.scheme_file import mismatch, resolve
@@ -52,19 +52,11 @@ def save_prompt_cache(
     metadata = {**(metadata or {}), _FORMAT: str(FORMAT_VERSION), _SCHEME: scheme, _MODEL: mark}
     if not path.parent.is_dir():
         raise FileNotFoundError(f"[save_prompt_cache] There is no folder {path.parent}.")
-    handle, aside = tempfile.mkstemp(suffix=".safetensors", prefix=f".{path.stem}.", dir=path.parent)
-    os.close(handle)
     try:
-        mlx_lm_cache.save_prompt_cache(aside, cache, metadata)
-        _flush(aside)
-        os.chmod(aside, 0o666 & ~_umask())  # mkstemp makes it private; a saved file gets the usual permissions
-        os.replace(aside, path)
-    except BaseException as error:
-        Path(aside).unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # MLX reports a failed write this way
-            raise OSError(f"[save_prompt_cache] Could not write {path}: {error}") from error
-        raise
-    _flush(path.parent)
+        with written_whole(path) as aside:
+            mlx_lm_cache.save_prompt_cache(aside, cache, metadata)
+    except RuntimeError as error:  # MLX reports a failed write this way
+        raise OSError(f"[save_prompt_cache] Could not write {path}: {error}") from error
     return path
 
 
@@ -142,17 +134,3 @@ def _check_file(path: Path) -> None:
 
 def _error(path: Path, reason: str) -> ValueError:
     return ValueError(f"[load_prompt_cache] {path} is not a prompt cache that can be loaded: {reason}.")
-
-
-def _flush(path: str | os.PathLike) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_turboquant.files import written_whole
 from mlx_turboquant.fingerprint import fingerprint
 
 # One text of 384 tokens over a vocabulary of 152k is 117 MB in 16 bits. A longer one than FILE is computed each time.
@@ -64,9 +65,8 @@ class ReferenceLogits:
         if not self._new or self._bytes > FILE_BYTES:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(f".{os.getpid()}.safetensors")
-        mx.save_safetensors(str(aside), self._new)
-        os.replace(aside, self._path)
+        with written_whole(self._path) as aside:
+            mx.save_safetensors(aside, self._new)
         files = sorted(self._path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
         total = 0
         for path in files:

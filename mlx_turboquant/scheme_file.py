@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_turboquant.files import written_whole
 from mlx_turboquant.scheme import KVScheme
 
 FORMAT = 1
@@ -76,12 +77,8 @@ def save(path: str | os.PathLike, schemes: LayerSchemes, **notes: Any) -> None:
     """Write a scheme file, whole or not at all; notes are stored beside the schemes."""
     path = Path(path)
     data = {"format": FORMAT, "model": schemes.model, "layers": [str(s) for s in schemes.layers], **notes}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with written_whole(path) as aside:
+        Path(aside).write_text(json.dumps(data, indent=1))
 
 
 def for_model(scheme: KVScheme | LayerSchemes, mark: str) -> KVScheme | LayerSchemes:

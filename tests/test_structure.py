@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mlx_turboquant"
 # Each room may import from its own row and the rows above it.
 ROOMS = [
-    {"scheme", "scheme_file", "codebook", "rotation", "packing", "tensor", "kernel_source"},
+    {"files", "scheme", "scheme_file", "codebook", "rotation", "packing", "tensor", "kernel_source"},
     {"ops", "conditioning"},
     {"quantizers"},
     {"attention"},

@@ -110,7 +110,7 @@ def _plan(args: Any, model: Any, mark: str, tokenizer: Any, shapes: list[LayerSh
     if kld < float(chosen.kld.mean()):
         what = f"{same.scheme} in every layer does better than bits by layer, and is taken"
     else:
-        what = f"less KLD than {same.scheme}, the best single scheme in as few"
+        what = f"no more KLD than {same.scheme}, the best single scheme in as few"
     print(f"{nbytes:,} bytes at {context:,} tokens; {what}.")
     if kld > args.kld:
         what = f"{budget:,} bytes at {context:,} tokens" if budget else "any plan"
