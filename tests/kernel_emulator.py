@@ -1,0 +1,78 @@
+"""A backend named "emulator": the package's kernels, run on the CPU from their Metal text by `metal_emu`.
+
+import kernel_emulator                                 # registers it; then wrapper(..., backend="emulator")
+with kernel_emulator.options(check=True, order="reverse"):    # any option of metal_emu's kernels, for these calls
+with kernel_emulator.prebuilding():   # calls in here return zeros; all their kernels are compiled, two at a time
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from metal_emu import metal_kernel, prebuild
+
+from mlx_turboquant.ops.kernel import Kernel, register_builder
+
+_options: dict[str, Any] = {}
+_planned: dict | None = None
+KERNELS: dict[str, Any] = {}  # by name: the emulated kernel objects, with `metal_source` and `typecheck`
+CALLS: dict[str, dict[str, Any]] = {}  # by name: the arguments of the last call, as `metal_source` takes them
+
+
+class _Emulated:
+    """Stands where the result of mx.fast.metal_kernel would stand."""
+
+    def __init__(self, kernel: Kernel):
+        header, source = kernel.text
+        self.name = kernel.name
+        self.kernel = KERNELS[kernel.name] = metal_kernel(
+            name=f"mlx_turboquant_{kernel.name}",
+            input_names=list(kernel.inputs),
+            output_names=list(kernel.outputs),
+            header=header,
+            source=source,
+        )
+
+    def __call__(self, **call: Any) -> list[mx.array]:
+        # Shapes in place of arrays: another thread compiles, and MLX evaluates an array only in its own.
+        CALLS[self.name] = call | {"inputs": [(x.shape, x.dtype) for x in call["inputs"]]}
+        if _planned is not None:
+            _planned.setdefault((self.name, _key(call)), (self.kernel, CALLS[self.name]))
+            pairs = zip(call["output_shapes"], call["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+        mx.eval(call["inputs"])
+        return self.kernel(**call, **_options)
+
+
+def _key(call: dict[str, Any]) -> tuple:
+    """What decides which text is compiled."""
+    inputs = tuple((x.dtype, x.ndim, x.size < 8) for x in call["inputs"])
+    return inputs, tuple(call["template"]), tuple(call["output_dtypes"])
+
+
+@contextmanager
+def options(**chosen: Any) -> Iterator[None]:
+    """Run the emulated kernels inside with these options of metal_emu (check, order, seed, misalign, ftz, ...)."""
+    before = dict(_options)
+    _options.update(chosen)
+    try:
+        yield
+    finally:
+        _options.clear()
+        _options.update(before)
+
+
+@contextmanager
+def prebuilding(check: bool = True) -> Iterator[None]:
+    """Note the kernels that are called inside, with outputs of zeros; compile them all at the end."""
+    global _planned
+    _planned = calls = {}
+    try:
+        yield
+    finally:
+        _planned = None
+    prebuild(list(calls.values()), check=check)
+
+
+register_builder("emulator", _Emulated)
