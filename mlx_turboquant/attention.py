@@ -1,10 +1,14 @@
-"""Attention over compressed keys and values, blockwise, in plain MLX operations."""
+"""Attention over compressed keys and values: in a kernel where there is one, else blockwise in plain MLX operations."""
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_turboquant.conditioning import finite_or_zero
+from mlx_turboquant.ops import attend as kernel
+from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.tensor import CompressedRows, PackedTensor
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
@@ -21,6 +25,7 @@ def attend(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    backend: str | None = None,
 ) -> mx.array:
     """Scaled dot-product attention with compressed keys and values.
 
@@ -31,6 +36,7 @@ def attend(
         scale: factor of the scores.
         mask: None, "causal", or an array that broadcasts to (B, H, L, T): boolean (True attends) or added to scores.
         sinks: (H,) attention-sink logits, each one more term in its head's softmax denominator.
+        backend: "metal", "cuda" or "reference"; None for what `choose_backend` says.
 
     Returns:
         (B, H, L, Dv) in the dtype of queries. A row whose keys are all masked is 0. Scores and sums are float32, and
@@ -41,7 +47,40 @@ def attend(
         return mx.fast.scaled_dot_product_attention(
             queries, keys.dense(PIECE_TOKENS), values.dense(PIECE_TOKENS), scale=scale, mask=mask, sinks=sinks
         )
+    backend = choose_backend(backend)
+    if backend != "reference":
+        sides = _stored(keys), _stored(values)
+        reason = kernel.why_not(queries.shape[3], values.shape[3], keys.block, *sides)
+        if reason is None:
+            causal = isinstance(mask, str)
+            return kernel.attend(
+                queries,
+                *sides,
+                (keys.lengths,) * queries.shape[0],
+                scale=scale,
+                block=keys.block,
+                balance=getattr(keys.quantizer, "balance", None),
+                mask=None if mask is None or causal else _four_axes(mask),
+                causal=causal,
+                logits=sinks,
+                backend=backend,
+            )
+        _say_once(backend, reason)
     return _attend_pieces(queries, keys, values, scale, mask, sinks)
+
+
+def _stored(rows: CompressedRows) -> kernel.StoredSide:
+    quantizer = rows.quantizer
+    tail = rows.newest if rows.newest_length else None
+    return kernel.StoredSide(quantizer.bits, rows.stored, rows.sinks, tail, getattr(quantizer, "rotation", None))
+
+
+@cache
+def _say_once(backend: str, reason: str) -> None:
+    warnings.warn(
+        f"[attend] The {backend} kernel does not read this cache, because {reason}; plain MLX operations do it, slower.",
+        stacklevel=2,
+    )
 
 
 class _Softmax(NamedTuple):
@@ -104,10 +143,14 @@ def _grouped_mask(mask, L: int, T: int, Hkv: int) -> mx.array | None:
         if mask != "causal":
             raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
         mask = mx.arange(T - L, T)[:, None] >= mx.arange(T)[None]
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = _four_axes(mask)
     heads = mask.shape[1]
     split = (1, 1) if heads == 1 else (Hkv, heads // Hkv)
     return mask.reshape(mask.shape[0], *split, *mask.shape[2:])
+
+
+def _four_axes(mask: mx.array) -> mx.array:
+    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
 def _masked(scores: mx.array, mask: mx.array) -> mx.array:

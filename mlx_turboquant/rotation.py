@@ -39,6 +39,9 @@ class HadamardRotation(_Shared):
         self.signs = mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], dim).astype(np.float32))
         angle = 2 * np.pi * np.outer(np.arange(self._odd), np.arange(self._odd)) / self._odd
         self._hartley = mx.array(((np.cos(angle) + np.sin(angle)) / np.sqrt(self._odd)).astype(np.float32))
+        # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space).
+        flat = self._hartley.reshape(-1)
+        self.kernel_hartley = flat if flat.size >= 8 else mx.concatenate([flat, mx.zeros(8 - flat.size)])
 
     def apply(self, x: mx.array) -> mx.array:
         """Rotate (..., dim) float32 vectors; norms and inner products stay."""

@@ -47,24 +47,45 @@ class CompressedRows:
 
     Attributes:
         sinks: (B, Hkv, S, D) raw, or None.
-        packed: whole blocks.
-        tail: (B, Hkv, t, D) raw, or None.
-        quantizer: knows what `packed` means (see `quantizers`).
+        stored: whole blocks, in buffers with room for more: a kernel reads these, since a slice would be copied.
+        stored_length: how many rows of them are valid.
+        newest: (B, Hkv, room, D) raw, or None.
+        newest_length: how many rows of it are valid.
+        quantizer: knows what `stored` means (see `quantizers`).
         block: tokens per block.
     """
 
     sinks: mx.array | None
-    packed: PackedTensor
-    tail: mx.array | None
+    stored: PackedTensor
+    stored_length: int
+    newest: mx.array | None
+    newest_length: int
     quantizer: Any
     block: int
 
     @property
+    def packed(self) -> PackedTensor:
+        """The valid blocks."""
+        return self.stored if self.stored_length == self.stored.length else self.rows(0, self.stored_length)
+
+    @property
+    def tail(self) -> mx.array | None:
+        """The valid newest rows (B, Hkv, t, D), or None."""
+        return self.newest[:, :, : self.newest_length] if self.newest_length else None
+
+    def rows(self, start: int, stop: int) -> PackedTensor:
+        """Packed rows from start to stop, both multiples of block."""
+        return self.stored.rows(start, stop, self.block)
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Valid rows of sinks, blocks and tail."""
+        return 0 if self.sinks is None else self.sinks.shape[2], self.stored_length, self.newest_length
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, Hkv, T, D), as of the array it stands for."""
-        B, H = self.packed.codes.shape[:2]
-        raw = sum(rows.shape[2] for rows in (self.sinks, self.tail) if rows is not None)
-        return B, H, self.packed.length + raw, self.quantizer.dim
+        return *self.stored.codes.shape[:2], sum(self.lengths), self.quantizer.dim
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -77,12 +98,12 @@ class CompressedRows:
         if self.sinks is not None:
             yield 0, (start := self.sinks.shape[2]), self.sinks
         step = max(tokens // self.block, 1) * self.block
-        for row in range(0, self.packed.length, step):
-            stop = min(row + step, self.packed.length)
-            yield start + row, start + stop, self.packed.rows(row, stop, self.block)
-        start += self.packed.length
-        if self.tail is not None:
-            yield start, start + self.tail.shape[2], self.tail
+        for row in range(0, self.stored_length, step):
+            stop = min(row + step, self.stored_length)
+            yield start + row, start + stop, self.rows(row, stop)
+        start += self.stored_length
+        if self.newest_length:
+            yield start, start + self.newest_length, self.tail
 
     def dense(self, tokens: int) -> mx.array:
         """All rows (B, Hkv, T, D) in the model's dtype, decoded in pieces of at most so many tokens."""

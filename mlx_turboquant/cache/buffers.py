@@ -73,6 +73,10 @@ class PackedBuffer:
         """All packed rows."""
         return PackedTensor(*(None if part is None else part.view() for part in self._parts))
 
+    def stored(self) -> PackedTensor:
+        """The buffers themselves, with their spare room."""
+        return PackedTensor(*(None if part is None else part.array for part in self._parts))
+
     def append(self, packed: PackedTensor, expected: int = 0) -> None:
         """Add encoded blocks. The first time the room is for `expected` rows; later it grows by 1/32 when it must."""
         blocks = (self.length + packed.length) // self.block

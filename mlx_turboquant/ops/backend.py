@@ -25,9 +25,7 @@ def choose_backend(asked: str | None = None) -> str:
             f"here, which has {_available()!r}. Ask for 'auto'."
         )
     if name not in BACKENDS and name not in _EXTRA:
-        raise ValueError(
-            f"[choose_backend] Unknown backend {name!r} ({_origin(asked)}). Known: {', '.join(BACKENDS)}."
-        )
+        raise ValueError(f"[choose_backend] Unknown backend {name!r} ({_origin(asked)}). Known: {', '.join(BACKENDS)}.")
     return name
 
 

@@ -1,0 +1,85 @@
+// The second pass of attention: merge the splits of kernels/attend.metal and turn the sum of packed values back.
+//
+// Inputs
+//   sums     (B * H * L, splits, D) float32   each split's weighted sum; the last `raw` splits are not rotated
+//   tops     (B * H * L, splits, 2) float32   largest score in units of log 2, sum of weights
+//   signs    (D,) float32, hartley (ODD * ODD,) float32: of the rotation, see rotation.h
+//   logits   (H,) float                       attention-sink logits, one more term of the sum; not read unless LOGITS
+//   sizes    int32: H, L, splits, raw splits
+// Output
+//   out      (B, H, L, D) T
+// Template constants: T, D, VB (0: packed values are raw, nothing to turn), LOGITS, NSG (simdgroups)
+// Grid: x: B * H * L; 32 * NSG threads. Splits: at most 512.
+//
+// Simdgroup s adds every NSG-th split; the first then adds the simdgroups, turns the row back and divides.
+
+constant constexpr float LOG2E = 1.44269504088896f;
+constant constexpr int MAX_SPLITS = 512;
+
+// ==== body ====
+  constexpr int E = (D + 31) / 32;
+  threadgroup float weights[MAX_SPLITS];
+  threadgroup float parts[2 * NSG * E * 32];
+  threadgroup float totals[NSG];
+
+  uint tid = thread_index_in_threadgroup;
+  uint sg = simdgroup_index_in_threadgroup;
+  uint lane = thread_index_in_simdgroup;
+  uint row = threadgroup_position_in_grid.x;
+  uint H = uint(sizes[0]), L = uint(sizes[1]), splits = uint(sizes[2]), packed = splits - uint(sizes[3]);
+  const device float* row_tops = tops + ulong(row) * splits * 2;
+
+  float top = -1e30f;
+  for (uint s = lane; s < splits; s += 32) { top = max(top, row_tops[2 * s]); }
+  top = simd_max(top);
+  float logit = 0.0f;
+  if (LOGITS) {
+    logit = float(logits[row / L % H]) * LOG2E;
+    top = max(top, logit);
+  }
+  float total = 0.0f;
+  for (uint s = tid; s < splits; s += 32 * NSG) {
+    float f = fast::exp2(row_tops[2 * s] - top);
+    weights[s] = f;
+    total += f * row_tops[2 * s + 1];
+  }
+  total = simd_sum(total);
+  if (lane == 0) { totals[sg] = total; }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  float sum[E], raw_sum[E];
+  for (int e = 0; e < E; e++) { sum[e] = raw_sum[e] = 0.0f; }
+  for (uint s = sg; s < splits; s += NSG) {
+    const device float* at = sums + (ulong(row) * splits + s) * D;
+    float f = weights[s];
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      uint i = uint(e) * 32 + lane;
+      float x = i < uint(D) ? f * at[i] : 0.0f;
+      if (s < packed) { sum[e] += x; } else { raw_sum[e] += x; }
+    }
+  }
+  for (int e = 0; e < E; e++) {
+    parts[(sg * E + e) * 32 + lane] = sum[e];
+    parts[((NSG + sg) * E + e) * 32 + lane] = raw_sum[e];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (sg == 0) {
+    total = LOGITS ? fast::exp2(logit - top) : 0.0f;
+    for (uint s = 0; s < uint(NSG); s++) { total += totals[s]; }
+    for (int e = 0; e < E; e++) {
+      sum[e] = raw_sum[e] = 0.0f;
+      for (uint s = 0; s < uint(NSG); s++) {
+        sum[e] += parts[(s * E + e) * 32 + lane];
+        raw_sum[e] += parts[((NSG + s) * E + e) * 32 + lane];
+      }
+    }
+    if (VB > 0) { hadamard_hartley<D>(sum, hartley, lane); }
+    for (int e = 0; e < E; e++) {
+      uint i = uint(e) * 32 + lane;
+      if (i < uint(D)) {
+        float x = (VB > 0 ? sum[e] * signs[i] : sum[e]) + raw_sum[e];
+        out[ulong(row) * D + i] = T(total > 0.0f ? x / total : 0.0f);
+      }
+    }
+  }
