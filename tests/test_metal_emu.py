@@ -3,9 +3,8 @@
 
 import numpy as np
 import pytest
-from metal_emu import KernelError, metal_kernel
+from metal_emu import CompileError, KernelError, metal_kernel
 from metal_emu import samples as K
-from metal_emu.build import CompileError
 
 R = np.random.default_rng(0)
 X = R.standard_normal((37, 128)).astype(np.float16)

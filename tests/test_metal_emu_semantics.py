@@ -176,4 +176,4 @@ def test_generated_source_equals_mlx():
             os.dup2(fd, 1)
         f.seek(0)
         text = f.read().decode().split("```\n", 1)[1].rsplit("\n```", 1)[0]
-    assert text == metal_kernel("kk", ["a", "b", "c"], ["out"], src, "// h\n").metal_source([a, b, c], [mx.bfloat16], t)
+    assert text == metal_kernel("kk", ["a", "b", "c"], ["out"], src, "// h\n").metal_source(inputs=[a, b, c], output_dtypes=[mx.bfloat16], template=t)

@@ -202,8 +202,10 @@ def att_inputs(Hkv, G, N, seed=0):
 
 def att_numpy(q, kp, ks, vp, vs, kc, vc, scale, G):
     D = 128
+
     def un(p):
         return ((p[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(*p.shape[:-1], D)
+
     k = kc[un(kp)] * ks[..., None].astype(np.float32)
     v = vc[un(vp)] * vs[..., None].astype(np.float32)
     qf = q.astype(np.float32).reshape(len(kp), G, D) * scale

@@ -1,0 +1,100 @@
+// The words of Metal in two dialects of clang, and its scalar types and constants.
+// MSL_Q: C++ for OpenCL, to type-check; real address spaces, library functions are only declared.
+// MSL_P: C++ for the CPU, to run; address spaces are erased.
+#pragma once
+
+#define MSL_EMU 1
+#define __METAL__ 1
+#ifndef __METAL_VERSION__
+#define __METAL_VERSION__ 320
+#endif
+#define __METAL_MACOS__ 1
+#define __METAL_FAST_MATH__ 1
+#define __METAL_PRECISE_MATH__ 0
+#define __METAL_MAYBE_FAST_MATH__ 0
+
+#ifdef __OPENCL_CPP_VERSION__
+#define MSL_Q 1
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define device __global
+#define threadgroup __local
+#define thread __private
+// `constant` is already a keyword (== __constant)
+#define MSL_BODY(...) ;
+#define MSL_INL static inline
+#else
+#define MSL_P 1
+#ifdef MSL_ERASE_AS
+#define device
+#define threadgroup
+#define constant
+#else
+#define device __attribute__((opencl_global))
+#define threadgroup __attribute__((opencl_local))
+#define constant __attribute__((opencl_constant))
+#endif
+#define thread
+#define kernel
+#define MSL_BODY(...) { __VA_ARGS__ }
+#define MSL_INL static inline __attribute__((always_inline))
+#endif
+#define METAL_FUNC inline __attribute__((always_inline))
+#define METAL_INTERNAL inline __attribute__((always_inline))
+#define __METAL_SITE int __l = __builtin_LINE(), int __c = __builtin_COLUMN()
+#define __METAL_PASS __l, __c
+
+
+// Scalars and constants
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long int64_t;
+typedef unsigned long uint64_t;
+typedef unsigned long size_t;
+typedef long ptrdiff_t;
+typedef unsigned long uintptr_t;
+#ifdef MSL_P
+typedef _Float16 half;
+constexpr half operator""h(long double x) { return (half)x; }
+#endif
+typedef __bf16 bfloat;
+
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
+#define HUGE_VALF __builtin_huge_valf()
+#define MAXFLOAT 3.402823466e+38f
+#define FLT_MAX 3.402823466e+38f
+#define FLT_MIN 1.175494351e-38f
+#define FLT_EPSILON 1.1920928955e-07f
+#define FLT_DIG 6
+#define HALF_MAX ((half)65504.0f)
+#define HALF_MIN ((half)6.103515625e-05f)
+#define HALF_EPSILON ((half)0.0009765625f)
+#define MAXHALF ((half)65504.0f)
+#define CHAR_BIT 8
+#define SCHAR_MAX 127
+#define UCHAR_MAX 255
+#define SHRT_MAX 32767
+#define SHRT_MIN (-32768)
+#define USHRT_MAX 65535
+#define INT_MAX 2147483647
+#define INT_MIN (-INT_MAX - 1)
+#define UINT_MAX 4294967295u
+#define M_E_F 2.71828182845904523536028747135266250f
+#define M_LOG2E_F 1.44269504088896340735992468100189214f
+#define M_LOG10E_F 0.434294481903251827651128918916605082f
+#define M_LN2_F 0.693147180559945309417232121458176568f
+#define M_LN10_F 2.30258509299404568401799145468436421f
+#define M_PI_F 3.14159265358979323846264338327950288f
+#define M_PI_2_F 1.57079632679489661923132169163975144f
+#define M_1_PI_F 0.318309886183790671537767526745028724f
+#define M_2_SQRTPI_F 1.12837916709551257389615890312154517f
+#define M_SQRT2_F 1.41421356237309504880168872420969808f
+#define M_SQRT1_2_F 0.707106781186547524400844362104849039f
