@@ -1,267 +1,228 @@
-# ruff: noqa: E501
-"""Every seeded bug must be reported; the clean kernels must stay clean (in three schedules)."""
+"""Kernels run on the CPU: every seeded bug is reported, and the clean kernels stay clean in three schedules."""
 
+import metal_emu
 import numpy as np
 import pytest
 from metal_emu import CompileError, KernelError, metal_kernel
-from metal_emu import samples as K
+from metal_emu.samples import (
+    ATTEND_SOURCE,
+    attend,
+    attention_inputs,
+    attention_reference,
+    encode,
+    encode_reference,
+)
 
-R = np.random.default_rng(0)
-X = R.standard_normal((37, 128)).astype(np.float16)
-S = R.choice([-1.0, 1.0], 128).astype(np.float32)
-INS = K.att_inputs(2, 4, 150)
+pytestmark = pytest.mark.skipif(bool(metal_emu.UNSUPPORTED), reason=metal_emu.UNSUPPORTED)
+
+RANDOM = np.random.default_rng(0)
+ROWS = RANDOM.standard_normal((37, 128)).astype(np.float16)
+SIGNS = RANDOM.choice([-1.0, 1.0], 128).astype(np.float32)
+ATTENTION = attention_inputs(2, 4, 150)
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
+LAST_PART = ATTEND_SOURCE[ATTEND_SOURCE.rindex(BARRIER) :][:120]
+MAXIMUM = "amax = max(amax, simd_shuffle_xor(amax, 1));"
+
+
+def kinds(function, *args, **kwargs):
+    """The kinds of what a checked run reports."""
+    with pytest.raises(KernelError) as caught:
+        function(*args, check=True, **kwargs)
+    print(caught.value)
+    return {report.kind for report in caught.value.reports}
+
+
+def elementwise(source, inputs, outputs=64, dtype=np.float32, name="elementwise", threads=32, **options):
+    """Run a body over a flat grid of ``outputs`` threads, one output of as many elements."""
+    names = ["x", "y", "z"][: len(inputs)]
+    atomic = options.pop("atomic_outputs", False)
+    kernel = metal_kernel(name, names, ["o"], source, header=options.pop("header", ""), atomic_outputs=atomic)
+    size = options.pop("output_size", outputs)
+    (out,) = kernel(
+        inputs=inputs,
+        grid=(outputs, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(size,)],
+        output_dtypes=[dtype],
+        **options,
+    )
+    return out
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("check", [False, True])
-def test_clean(order, check):
-    (o, sc), _ = K.run_wht(metal_kernel, X, S, check=check, order=order)
-    ro, rs = K.wht_numpy(X, S)
-    assert (o == ro).all() and (sc == rs).all()
-    out, _ = K.run_att(metal_kernel, INS, 4, check=check, order=order)
-    np.testing.assert_allclose(out, K.att_numpy(*INS, 4), atol=1e-5)
+def test_clean_kernels_are_clean_and_right(order, check):
+    codes, scales = encode(ROWS, SIGNS, check=check, order=order)
+    expected_codes, expected_scales = encode_reference(ROWS, SIGNS)
+    assert (codes == expected_codes).all() and (scales == expected_scales).all()
+    out = attend(ATTENTION, check=check, order=order)
+    np.testing.assert_allclose(out, attention_reference(*ATTENTION), atol=1e-5)
 
 
-def wht(old, new, n=1, x=X, **kw):
-    src = K.WHT_SOURCE
-    hdr = K.WHT_HEADER
-    assert old in src or old in hdr
-
-    def mk(name, i, o, source, header="", **e):
-        return metal_kernel(name, i, o, src.replace(old, new, n), header=hdr.replace(old, new, n), **e)
-
-    return K.run_wht(mk, x, S, check=True, **kw)
-
-
-def att(old, new, n=1, ins=INS, **kw):
-    assert old in K.ATT1_SOURCE + K.ATT1_HEADER
-
-    def mk(name, i, o, source, header="", **e):
-        return metal_kernel(name, i, o, source.replace(old, new, n), header=header.replace(old, new, n), **e)
-
-    return K.run_att(mk, ins, 4, check=True, **kw)
-
-
-def kinds(f, *a, **k):
-    with pytest.raises(KernelError) as e:
-        f(*a, **k)
-    print(e.value)
-    return {r.kind for r in e.value.reports}
-
-
-TB = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-
-
-def test_missing_barrier_after_load():
-    assert {"race", "uninitialised"} & kinds(wht, TB, "")
-    assert {"race", "uninitialised"} & kinds(att, TB, "")
-
-
-def test_missing_barrier_before_reduce():
-    def mk_src(s):
-        i = s.rindex(TB)
-        return s[:i] + s[i + len(TB) :]
-
-    def mk(name, i, o, source, header="", **e):
-        return metal_kernel(name, i, o, mk_src(source) if "part_o[row" in source else source, header=header, **e)
-
-    with pytest.raises(KernelError) as e:
-        K.run_att(mk, INS, 4, check=True)
-    assert {"race", "uninitialised"} & {r.kind for r in e.value.reports}
-
-
-def test_wrong_mem_flags():
-    assert "race" in kinds(wht, TB, "threadgroup_barrier(mem_flags::mem_device);")
-    assert "race" in kinds(wht, TB, "threadgroup_barrier(mem_flags::mem_none);")
-    assert "race" in kinds(
-        wht, "simdgroup_barrier(mem_flags::mem_threadgroup);", "simdgroup_barrier(mem_flags::mem_none);"
-    )
-    assert "race" in kinds(wht, "simdgroup_barrier(mem_flags::mem_threadgroup);", "")
+UNORDERED = {"race", "uninitialised"}
+BUGS = {
+    "encode: no barrier after the load": (BARRIER, "", UNORDERED),
+    "encode: barrier for device memory": (BARRIER, BARRIER.replace("mem_threadgroup)", "mem_device)"), {"race"}),
+    "encode: barrier for no memory": (BARRIER, BARRIER.replace("mem_threadgroup)", "mem_none)"), {"race"}),
+    "encode: simdgroup barrier for no memory": (
+        SIMD_BARRIER,
+        SIMD_BARRIER.replace("mem_threadgroup", "mem_none"),
+        {"race"},
+    ),
+    "encode: no simdgroup barrier": (SIMD_BARRIER, "", {"race"}),
+    "encode: two lanes write one word": ("out[row * 16 + lane] =", "out[row * 16 + (lane & 7)] =", {"race"}),
+    "encode: row beyond the last": ("if (row >= rows)", "if (row > rows + 100)", {"out-of-bounds"}),
+    "encode: private array overrun": (
+        "for (int j = 0; j < PER; j++) {\n    v[j] = float",
+        "for (int j = 0; j <= PER; j++) {\n    v[j] = float",
+        {"undefined-behaviour"},
+    ),
+    "encode: barrier in half a simdgroup": (
+        BARRIER,
+        "if (lane < 16) { " + BARRIER + " }",
+        {"barrier", "simd-divergence"},
+    ),
+    "encode: barrier after a return": (
+        BARRIER,
+        "if (thread_index_in_threadgroup == 5) return; " + BARRIER,
+        {"barrier"},
+    ),
+    "encode: shuffle in a branch": (MAXIMUM, "if (lane & 1) " + MAXIMUM, {"simd-divergence"}),
+    "encode: shuffle from lane 33": (
+        "simd_shuffle_xor(amax, 2)",
+        "simd_shuffle(amax, ushort(lane + 2))",
+        {"simd-shuffle"},
+    ),
+    "encode: broadcast of two lanes": (
+        "simd_shuffle_xor(amax, 2)",
+        "simd_broadcast(amax, ushort(lane ^ 2))",
+        {"simd-shuffle"},
+    ),
+    "encode: half the scales unwritten": ("if ((lane & 3) == 0)", "if ((lane & 7) == 0)", {"unwritten-output"}),
+    "encode: float too large for int": ("rint(v[j] * inv)", "rint(v[j] * inv * 1e12f)", {"undefined-behaviour"}),
+    "encode: shift by 48": ("<< (4 * j)", "<< (16 * j)", {"undefined-behaviour"}),
+    "attend: no barrier after the load": (BARRIER, "", UNORDERED),
+    "attend: no barrier before the sum": (LAST_PART, LAST_PART.removeprefix(BARRIER), UNORDERED),
+    "attend: simdgroup barrier for all": (BARRIER, SIMD_BARRIER, {"race"}),
+    "attend: threadgroup array too short": (
+        "red_m[NSG * G];",
+        "red_m[NSG * G - 1];",
+        {"out-of-bounds", "undefined-behaviour"},
+    ),
+    "attend: splits write one row": ("* nsplit + split;", "* nsplit;", {"race"}),
+}
 
 
-def test_simdgroup_barrier_is_not_enough_across_simdgroups():
-    assert "race" in kinds(att, TB, "simdgroup_barrier(mem_flags::mem_threadgroup);")
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_reported(bug):
+    old, new, expected = BUGS[bug]
+    run = (encode, ROWS, SIGNS) if bug.startswith("encode") else (attend, ATTENTION)
+    assert expected & kinds(*run, (old, new))
 
 
-def test_device_oob():
-    assert "out-of-bounds" in kinds(wht, "if (row >= rows)", "if (row > rows + 100)")
+def test_reports_name_the_line_the_array_and_the_other_thread():
+    with pytest.raises(
+        KernelError, match=r"encode\.metal:\d+.*data race.*`stage`.*other: thread \d+ at encode\.metal:\d"
+    ):
+        encode(ROWS, SIGNS, (SIMD_BARRIER, ""), check=True)
 
 
-def test_threadgroup_oob():
-    assert {"out-of-bounds", "undefined-behaviour"} & kinds(
-        att, "threadgroup float red_m[NSG * G];", "threadgroup float red_m[NSG * G - 1];"
-    )
+def test_vector_loads_are_aligned():
+    strided = "uint i = thread_position_in_grid.x; float4 v = *(const device float4*)(x + {} * i); o[i] = v.x + v.w;"
+    x = np.arange(256, dtype=np.float32)
+    assert "misaligned" in kinds(elementwise, strided.format(1), [x])
+    # An aligned buffer hides what a sliced array, which starts anywhere, would show.
+    elementwise(strided.format(4), [x], check=True)
+    assert "misaligned" in kinds(elementwise, strided.format(4), [x], misalign=1)
 
 
-def test_private_array_oob():
-    assert "undefined-behaviour" in kinds(
-        wht, "for (int j = 0; j < PER; j++) {\n    v[j] = float", "for (int j = 0; j <= PER; j++) {\n    v[j] = float"
-    )
+def test_outputs_hold_nothing_before_they_are_written():
+    add = "uint i = thread_position_in_grid.x; o[i] += x[i];"
+    x = np.ones(64, np.float32)
+    assert "uninitialised" in kinds(elementwise, add, [x])
+    assert (elementwise(add, [x], check=True, init_value=2.0) == 3).all()
 
 
-def test_barrier_in_divergent_branch():
-    assert {"barrier", "simd-divergence"} & kinds(wht, TB, "if (lane < 16) { " + TB + " }")
+def test_inputs_are_not_written():
+    write = "uint i = thread_position_in_grid.x; ((device float*)x)[i] = 1; o[i] = 0;"
+    assert "write-to-input" in kinds(elementwise, write, [np.ones(64, np.float32)], typecheck=False)
 
 
-def test_barrier_after_partial_return():
-    assert "barrier" in kinds(wht, TB, "if (thread_index_in_threadgroup == 5) return; " + TB)
-
-
-def test_simd_op_in_divergent_branch():
-    assert "simd-divergence" in kinds(
-        wht,
-        "amax = max(amax, simd_shuffle_xor(amax, 1));",
-        "if (lane & 1) amax = max(amax, simd_shuffle_xor(amax, 1));",
-    )
-
-
-def test_shuffle_out_of_range():
-    assert "simd-shuffle" in kinds(wht, "simd_shuffle_xor(amax, 2)", "simd_shuffle(amax, ushort(lane + 2))")
-
-
-def test_broadcast_not_uniform():
-    assert "simd-shuffle" in kinds(wht, "simd_shuffle_xor(amax, 2)", "simd_broadcast(amax, ushort(lane ^ 2))")
-
-
-def test_unwritten_output():
-    assert "unwritten-output" in kinds(wht, "if ((lane & 3) == 0)", "if ((lane & 7) == 0)")
-
-
-def test_two_lanes_write_one_word():
-    assert "race" in kinds(wht, "out[row * 16 + lane] =", "out[row * 16 + (lane & 7)] =")
-
-
-def test_cross_threadgroup_race():
-    assert "race" in kinds(att, "uint row = (kvh * G + g) * nsplit + split;", "uint row = (kvh * G + g) * nsplit;")
-
-
-def test_misaligned_vector_load():
-    k = metal_kernel(
-        "mis",
-        ["x"],
-        ["o"],
-        "uint i = thread_position_in_grid.x; float4 v = *(const device float4*)(x + i); o[i] = v.x + v.w;",
-    )
-    assert "misaligned" in kinds(
-        k,
-        inputs=[np.arange(64, dtype=np.float32)],
-        grid=(32, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(32,)],
-        output_dtypes=[np.float32],
-        check=True,
-    )
-
-
-def test_base_pointer_alignment_assumption():
-    """float4 loads are fine on an aligned buffer, wrong on a sliced mx.array (offset view): misalign=1 shows it"""
-    k = metal_kernel(
-        "mis2",
-        ["x"],
-        ["o"],
-        "uint i = thread_position_in_grid.x; float4 v = *(const device float4*)(x + 4 * i); o[i] = v.x + v.w;",
-    )
-    a = dict(
-        inputs=[np.arange(128, dtype=np.float32)],
-        grid=(32, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(32,)],
-        output_dtypes=[np.float32],
-        check=True,
-    )
-    k(**a)
-    assert "misaligned" in kinds(k, misalign=1, **a)
-
-
-def test_float_to_int_overflow():
-    assert "undefined-behaviour" in kinds(wht, "int(rint(v[j] * inv))", "int(rint(v[j] * inv * 1e12f))")
-
-
-def test_shift_out_of_range():
-    assert "undefined-behaviour" in kinds(wht, "<< (4 * j)", "<< (16 * j)")
-
-
-def test_read_output_before_write():
-    k = metal_kernel("rmw", ["x"], ["o"], "uint i = thread_position_in_grid.x; o[i] += x[i];")
-    a = dict(
-        inputs=[np.ones(64, np.float32)],
-        grid=(64, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(64,)],
-        output_dtypes=[np.float32],
-        check=True,
-    )
-    assert "uninitialised" in kinds(k, **a)
-    assert (k(init_value=2.0, **a)[0] == 3).all()
-
-
-def test_uninitialised_private():
+def test_variables_are_set_before_use():
     with pytest.raises(CompileError, match="uninitialized"):
-        wht("float amax = 0;", "float amax; if (rows > 1000) amax = 0;")
+        encode(ROWS, SIGNS, ("float amax = 0;", "float amax; if (rows > 1000) amax = 0;"))
 
 
-def test_threadgroup_memory_limit():
-    with pytest.raises(ValueError, match="exceeds"):
-        att("threadgroup float cb[32];", "threadgroup float cb[9000];")
+def test_threadgroup_limits():
+    with pytest.raises(ValueError, match="exceeds the 32768"):
+        attend(ATTENTION, ("threadgroup float cb[32];", "threadgroup float cb[9000];"))
+    with pytest.raises(ValueError, match="maximum of 1024 threads"):
+        encode(ROWS, SIGNS, simdgroups=64)
 
 
-def test_threadgroup_size_limit():
-    with pytest.raises(ValueError, match="maximum"):
-        K.run_wht(metal_kernel, X, S, nsg=64)
+def test_threadgroup_memory_is_forgotten_between_threadgroups():
+    source = """
+      threadgroup float kept[32];
+      uint i = thread_index_in_threadgroup;
+      if (threadgroup_position_in_grid.x == 0) kept[i] = 1;
+      o[thread_position_in_grid.x] = kept[i] + x[0];"""
+    assert kinds(elementwise, source, [np.zeros(9, np.float32)]) == {"uninitialised"}
 
 
-def test_small_input_lands_in_constant():
-    hdr = "METAL_FUNC float first(const device float* p) { return p[0]; }"
-    k = metal_kernel("small", ["x"], ["o"], "o[thread_position_in_grid.x] = first(x);", header=hdr)
-    a = dict(grid=(4, 1, 1), threadgroup=(4, 1, 1), output_shapes=[(4,)], output_dtypes=[np.float32])
-    k(inputs=[np.ones(8, np.float32)], **a)
-    with pytest.raises(CompileError, match="no matching function"):
-        k(inputs=[np.ones(7, np.float32)], **a)
+def test_a_runaway_thread_is_a_report_and_not_a_crash():
+    deep = """
+      float big[40000];
+      for (int i = 0; i < 40000; i++) big[i] = x[i % 9];
+      o[thread_position_in_grid.x] = big[int(x[0])];"""
+    with pytest.raises(KernelError, match="private variables of a thread take more than"):
+        elementwise(deep, [np.zeros(9, np.float32)])
+    with pytest.raises(KernelError, match="crash"):
+        elementwise("*(device float*)16 = 1; o[0] = x[0];", [np.zeros(9, np.float32)], typecheck=False)
 
 
-def test_wrong_shuffle_mask_is_a_numeric_error():
-    (_o, sc), _ = wht("simd_shuffle_xor(amax, 2)", "simd_shuffle_xor(amax, 4)")
-    assert (sc != K.wht_numpy(X, S)[1]).any()
+def test_a_wrong_shuffle_mask_is_only_a_wrong_number():
+    _, scales = encode(ROWS, SIGNS, ("simd_shuffle_xor(amax, 2)", "simd_shuffle_xor(amax, 4)"), check=True)
+    assert (scales != encode_reference(ROWS, SIGNS)[1]).any()
 
 
-def test_atomics_are_not_races():
-    k = metal_kernel(
-        "hist",
-        ["x"],
-        ["o"],
-        "uint i = thread_position_in_grid.x; atomic_fetch_add_explicit(&o[x[i]], 1u, memory_order_relaxed);",
-        atomic_outputs=True,
-    )
-    x = R.integers(0, 16, 1000).astype(np.uint32)
-    (o,) = k(
-        inputs=[x],
-        grid=(1000, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(16,)],
-        output_dtypes=[np.uint32],
-        init_value=0,
-        check=True,
-    )
-    assert (o == np.bincount(x, minlength=16)).all()
+def test_atomics_are_no_races():
+    x = RANDOM.integers(0, 16, 1000).astype(np.uint32)
+    count = "atomic_fetch_add_explicit(&o[x[thread_position_in_grid.x]], 1u, memory_order_relaxed);"
+    options = dict(dtype=np.uint32, atomic_outputs=True, output_size=16, threads=256)
+    counted = elementwise(count, [x], 1000, check=True, init_value=0, **options)
+    assert (counted == np.bincount(x, minlength=16)).all()
+    assert "uninitialised" in kinds(elementwise, count, [x], 1000, **options)
 
 
-def test_simdgroup_matrix():
-    k = metal_kernel(
-        "mma",
+def test_simdgroup_matrices_multiply():
+    kernel = metal_kernel(
+        "multiply",
         ["a", "b"],
         ["c"],
         """
-      simdgroup_float8x8 A, B, C = simdgroup_float8x8(0);
-      for (int k = 0; k < 16; k += 8) { simdgroup_load(A, a + k, 16); simdgroup_load(B, b + k * 8, 8); simdgroup_multiply_accumulate(C, A, B, C); }
-      simdgroup_store(C, c, 8);""",
+        simdgroup_float8x8 A, B, C = simdgroup_float8x8(0);
+        for (int k = 0; k < 16; k += 8) {
+          simdgroup_load(A, a + k, 16);
+          simdgroup_load(B, b + k * 8, 8);
+          simdgroup_multiply_accumulate(C, A, B, C);
+        }
+        simdgroup_store(C, c, 8);""",
     )
-    a, b = R.standard_normal((8, 16)).astype(np.float32), R.standard_normal((16, 8)).astype(np.float32)
-    (c,) = k(
-        inputs=[a, b],
-        grid=(32, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(8, 8)],
-        output_dtypes=[np.float32],
-        check=True,
-    )
+    a, b = RANDOM.standard_normal((8, 16)).astype(np.float32), RANDOM.standard_normal((16, 8)).astype(np.float32)
+    sizes = dict(grid=(32, 1, 1), threadgroup=(32, 1, 1), output_shapes=[(8, 8)], output_dtypes=[np.float32])
+    (c,) = kernel(inputs=[a, b], check=True, **sizes)
     np.testing.assert_allclose(c, a @ b, atol=1e-5)
+
+
+def test_wrong_calls_say_what_was_wanted():
+    with pytest.raises(ValueError, match=r"\[k\] unknown options \['chekc'\]. Known: check, strict"):
+        metal_kernel("k", ["x"], ["o"], "o[0] = x[0];", chekc=True)
+    with pytest.raises(ValueError, match=r"wanted 1 inputs \(x\), got 2"):
+        metal_kernel("k", ["x"], ["o"], "o[0] = x[0];").typecheck(inputs=[1.0, 2.0], output_dtypes=[np.float32])
+    with pytest.raises(ValueError, match="order must be one of forward, reverse, random, got 'up'"):
+        elementwise("o[0] = x[0];", [1.0], order="up")
+    with pytest.raises(ValueError, match="Metal has no double"):
+        elementwise("o[0] = x[0];", [np.zeros(8)])
+    with pytest.raises(ValueError, match="grid must be three positive numbers"):
+        elementwise("o[0] = x[0];", [1.0], outputs=0)

@@ -23,8 +23,22 @@ What it cannot show: a data race between an atomic and a plain access; a race am
 and one that writes, where the two remembered readers are ordered; the rounding of Metal's fast math; speed.
 """
 
+import sys
+
 from .batch import prebuild, typecheck
 from .errors import CompileError, KernelError, Report
 from .kernel import MetalKernel, metal_kernel
 
-__all__ = ["CompileError", "KernelError", "MetalKernel", "Report", "metal_kernel", "prebuild", "typecheck"]
+# Why it cannot be used here, or "": for pytest.mark.skipif.
+UNSUPPORTED = "" if sys.platform == "linux" else "metal_emu runs on Linux; on a Mac, kernels run on Metal itself"
+
+__all__ = [
+    "UNSUPPORTED",
+    "CompileError",
+    "KernelError",
+    "MetalKernel",
+    "Report",
+    "metal_kernel",
+    "prebuild",
+    "typecheck",
+]

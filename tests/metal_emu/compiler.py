@@ -24,6 +24,8 @@ _KERNEL = [
     *("-x", "c++", "-std=c++14", *_CXX, "-DMSL_ERASE_AS"),
     # Metal's literals are float, its casts between pointers are free, and nothing is fused that is not written fused.
     *("-Xclang", "-cl-single-precision-constant", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off"),
+    # Private arrays that are too large meet the guard page below the stack, not a neighbour's stack.
+    "-fstack-clash-protection",
     # Every half operation rounds to half.
     *("-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"),
 ]
@@ -44,7 +46,7 @@ TYPECHECK = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-Xclang", "-cl-ext=" + _CL_EXT),
     *("-Wno-unknown-attributes", "-Wno-undefined-internal", "-Wno-undefined-inline", "-Wno-user-defined-literals"),
     *("-Wuninitialized", "-Wsometimes-uninitialized", "-Wconditional-uninitialized", "-Wreturn-type", "-Wno-unused"),
-    *("-Wimplicit-float-conversion", "-fno-caret-diagnostics", "-ferror-limit=200"),
+    *("-fno-caret-diagnostics", "-ferror-limit=200"),
 ]
 
 

@@ -75,7 +75,7 @@ def vector_constructors(text: str) -> str:
             if j > i + 2 and k < len(cut) and cut[k] == "(":
                 if out[-2:] == ["metal", "::"]:
                     del out[-2:]
-                out.append("::metal::__vctor")
+                out.append("::metal::__make_vector")
                 i += 1
                 continue
         out.append(cut[i])

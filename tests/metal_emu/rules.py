@@ -50,7 +50,7 @@ def token_findings(name: str, part: str, text: str) -> list[str]:
 # A line of clang's -ast-dump: indentation by two characters a level, kind, address, places, types, details. Each
 # place leaves out the file, then the line, if it is the one printed last.
 _NODE = re.compile(r"^([| `-]*)(\w+) (0x[0-9a-f]+) (.*)$")
-_PLACE = re.compile(r"\bline:(\d+):\d+|([^\s<>,]+?):(\d+):\d+")
+_PLACE = re.compile(r"\b(?:line:(?P<line>\d+):|col:|(?P<file>[^\s<>,:]+):(?P<file_line>\d+):)(?P<column>\d+)")
 _TYPES = re.compile(r"'([^']*)'(?::'([^']*)')?")
 _QUALIFIERS = re.compile(r"\b(const|volatile|__private|__global|__local|__constant|__generic)\b")
 _DECLARATIONS = ("VarDecl", "ParmVarDecl", "FieldDecl")
@@ -104,7 +104,7 @@ def syntax_tree_findings(dump: str) -> list[str]:
     """Errors and warnings, as ``place: error: ...``, in the output of clang's ``-ast-dump``."""
     out: dict[str, None] = {}
     path: list[_Node] = []
-    file, line, skip_below = "", 0, None
+    file, line, skip_below = "", "0", None
     for text in dump.splitlines():
         match = _NODE.match(text)
         if not match:
@@ -112,11 +112,10 @@ def syntax_tree_findings(dump: str) -> list[str]:
         indent, kind, address, rest = match.groups()
         depth, begin = len(indent) // 2, None
         for place in _PLACE.finditer(rest.split("'", 1)[0]):
-            if place[1]:
-                line = int(place[1])
-            else:
-                file, line = place[2].rsplit("/", 1)[-1], int(place[3])
-            begin = begin or f"{file}:{line}"
+            if place["file"]:
+                file = place["file"].rsplit("/", 1)[-1]
+            line = place["line"] or place["file_line"] or line
+            begin = begin or f"{file}:{line}:{place['column']}"
         if skip_below is not None and depth > skip_below:
             continue
         skip_below = depth if kind in _IMPLICIT_MEMBERS and " implicit " in rest else None

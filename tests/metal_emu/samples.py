@@ -1,10 +1,18 @@
-# ruff: noqa: E501
-"""Two realistic kernels, written the way the project would ship them."""
+"""Two kernels as a project would ship them, with numpy references: rotate-and-quantize, and split attention.
+
+Their arguments are numpy arrays. Each runner takes old -> new replacements of text, to seed a bug, and options.
+"""
+
+from __future__ import annotations
 
 import numpy as np
 
-# ---------------------------------------------------------------- (i) WHT(128) + group-16 absmax quantise + 4-bit pack
-WHT_HEADER = """
+from .kernel import MetalKernel, metal_kernel
+
+D = 128
+
+# Walsh-Hadamard transform of rows, absolute maximum of 16 values as their scale, 4-bit codes packed eight a word.
+ENCODE_HEADER = """
 template <int N>
 METAL_FUNC void butterfly(thread float (&v)[N]) {
   for (int h = 1; h < N; h <<= 1) {
@@ -18,7 +26,7 @@ METAL_FUNC void butterfly(thread float (&v)[N]) {
   }
 }
 """
-WHT_SOURCE = """
+ENCODE_SOURCE = """
   constexpr int D = 128;
   constexpr int PER = D / 32;                       // 4 values per lane
   threadgroup float sgn[D];
@@ -72,31 +80,14 @@ WHT_SOURCE = """
   }
 """
 
-
-def wht_numpy(x, signs):
-    v = x.astype(np.float32) * signs
-    h = 1
-    while h < 128:
-        v = v.reshape(len(x), -1, 2, h)
-        v = np.stack([v[:, :, 0] + v[:, :, 1], v[:, :, 0] - v[:, :, 1]], 2).reshape(len(x), 128)
-        h *= 2
-    v = v * np.float32(0.08838834764831845)
-    g = v.reshape(len(x), 8, 16)
-    sc = (np.abs(g).max(-1) / np.float32(7)).astype(np.float16)
-    inv = np.where(sc > 0, np.float32(1) / np.where(sc > 0, sc, 1).astype(np.float32), 0).astype(np.float32)
-    q = np.clip(np.rint(g * inv[..., None]), -8, 7).astype(np.int32) + 8
-    q = q.reshape(len(x), 16, 8).astype(np.uint32)
-    return (q << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32), sc
-
-
-# ---------------------------------------------------------------- (ii) split-K decode attention over 4-bit codebook KV
-ATT1_HEADER = """
+# Attention of one query over 4-bit codes of a codebook: keys split over threadgroups, then their parts are merged.
+ATTEND_HEADER = """
 METAL_FUNC float4 load4(const device uint* p, uint d, threadgroup const float* cb) {
   uint w = p[d >> 3] >> (4 * (d & 7));             // 4 nibbles
   return float4(cb[w & 15], cb[(w >> 4) & 15], cb[(w >> 8) & 15], cb[(w >> 12) & 15]);
 }
 """
-ATT1_SOURCE = """
+ATTEND_SOURCE = """
   constexpr int D = 128;
   constexpr int W = D / 8;                          // packed words per token
   threadgroup float cb[32];
@@ -110,7 +101,8 @@ ATT1_SOURCE = """
   uint nsplit = threadgroups_per_grid.x;
   uint N = uint(k_packed_shape[1]);
   if (thread_index_in_threadgroup < 32) {
-    cb[thread_index_in_threadgroup] = thread_index_in_threadgroup < 16 ? k_codebook[thread_index_in_threadgroup] : v_codebook[thread_index_in_threadgroup - 16];
+    uint i = thread_index_in_threadgroup;
+    cb[i] = i < 16 ? k_codebook[i] : v_codebook[i - 16];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -168,7 +160,7 @@ ATT1_SOURCE = """
     }
   }
 """
-ATT2_SOURCE = """
+MERGE_SOURCE = """
   constexpr int D = 128;
   uint d = thread_position_in_threadgroup.x;
   uint h = threadgroup_position_in_grid.x;
@@ -183,73 +175,92 @@ ATT2_SOURCE = """
   }
   out[h * D + d] = static_cast<T>(acc / ll);
 """
-ATT1_IN = ["q", "k_packed", "k_scale", "v_packed", "v_scale", "k_codebook", "v_codebook", "scale"]
-ATT1_OUT = ["part_o", "part_m", "part_l"]
-ATT2_IN = ["part_o", "part_m", "part_l"]
 
 
-def att_inputs(Hkv, G, N, seed=0):
-    r = np.random.default_rng(seed)
-    D = 128
-    q = r.standard_normal((Hkv * G, D)).astype(np.float16)
-    kp = r.integers(0, 2**32, (Hkv, N, D // 8), dtype=np.uint32)
-    vp = r.integers(0, 2**32, (Hkv, N, D // 8), dtype=np.uint32)
-    ks = r.uniform(0.5, 1.5, (Hkv, N)).astype(np.float16)
-    vs = r.uniform(0.5, 1.5, (Hkv, N)).astype(np.float16)
-    cb = np.sort(r.standard_normal(16)).astype(np.float32)
-    return [q, kp, ks, vp, vs, cb, (cb * 0.9).astype(np.float32), np.float32(D**-0.5)]
+def _kernel(name, inputs, outputs, source, header, replace) -> MetalKernel:
+    """The kernel with (old, new) pieces of text replaced, each once."""
+    for old, new in replace:
+        if old not in source + header:
+            raise ValueError(f"[samples] wanted a piece of the kernel to replace, got {old!r}.")
+        source, header = source.replace(old, new, 1), header.replace(old, new, 1)
+    return metal_kernel(name, inputs, outputs, source, header=header)
 
 
-def att_numpy(q, kp, ks, vp, vs, kc, vc, scale, G):
-    D = 128
-
-    def un(p):
-        return ((p[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(*p.shape[:-1], D)
-
-    k = kc[un(kp)] * ks[..., None].astype(np.float32)
-    v = vc[un(vp)] * vs[..., None].astype(np.float32)
-    qf = q.astype(np.float32).reshape(len(kp), G, D) * scale
-    s = np.einsum("hgd,hnd->hgn", qf, k)
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return (np.einsum("hgn,hnd->hgd", p, v) / p.sum(-1, keepdims=True)).reshape(-1, D)
-
-
-def run_wht(mk, x, signs, nsg=4, **kw):
-    k = mk("wht128_q4", ["x", "signs"], ["out", "scales"], WHT_SOURCE, header=WHT_HEADER)
-    rows = len(x)
-    n = (rows + nsg - 1) // nsg
-    r = k(
+def encode(x, signs, *replace, simdgroups=4, **options):
+    """Codes (rows, 16) uint32 and scales (rows, 8) float16 of x (rows, 128); signs (128,) float32."""
+    kernel = _kernel("encode", ["x", "signs"], ["out", "scales"], ENCODE_SOURCE, ENCODE_HEADER, replace)
+    rows, size = len(x), 32 * simdgroups
+    return kernel(
         inputs=[x, signs],
-        template=[("T", x.dtype), ("NSG", nsg)],
-        grid=(n * nsg * 32, 1, 1),
-        threadgroup=(nsg * 32, 1, 1),
+        template=[("T", x.dtype), ("NSG", simdgroups)],
+        grid=(-(-rows // simdgroups) * size, 1, 1),
+        threadgroup=(size, 1, 1),
         output_shapes=[(rows, 16), (rows, 8)],
         output_dtypes=[np.uint32, np.float16],
-        **kw,
+        **options,
     )
-    return r, k
 
 
-def run_att(mk, ins, G, nsplit=4, nsg=8, **kw):
-    Hkv = ins[1].shape[0]
-    k1 = mk("attn_q4_p1", ATT1_IN, ATT1_OUT, ATT1_SOURCE, header=ATT1_HEADER)
-    k2 = mk("attn_q4_p2", ATT2_IN, ["out"], ATT2_SOURCE)
-    p = k1(
-        inputs=ins,
-        template=[("T", np.float16), ("G", G), ("NSG", nsg)],
-        grid=(nsplit * nsg * 32, Hkv, 1),
-        threadgroup=(nsg * 32, 1, 1),
-        output_shapes=[(Hkv * G, nsplit, 128), (Hkv * G, nsplit), (Hkv * G, nsplit)],
+def encode_reference(x, signs):
+    """What ``encode`` gives, bit for bit."""
+    v, h = x.astype(np.float32) * signs, 1
+    while h < D:
+        v = v.reshape(len(x), -1, 2, h)
+        v = np.stack([v[:, :, 0] + v[:, :, 1], v[:, :, 0] - v[:, :, 1]], 2)
+        h *= 2
+    groups = (v.reshape(len(x), D) * np.float32(0.08838834764831845)).reshape(len(x), 8, 16)
+    scales = (np.abs(groups).max(-1) / np.float32(7)).astype(np.float16)
+    inverse = np.where(scales > 0, np.float32(1) / np.where(scales > 0, scales, 1).astype(np.float32), 0)
+    codes = np.clip(np.rint(groups * inverse.astype(np.float32)[..., None]), -8, 7).astype(np.int32) + 8
+    codes = codes.reshape(len(x), 16, 8).astype(np.uint32)
+    return (codes << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32), scales
+
+
+def attention_inputs(kv_heads, group, tokens, seed=0):
+    """Random queries, packed keys and their scales, packed values and theirs, two codebooks, and the score's scale."""
+    random = np.random.default_rng(seed)
+    codebook = np.sort(random.standard_normal(16)).astype(np.float32)
+    codes = [random.integers(0, 2**32, (kv_heads, tokens, D // 8), dtype=np.uint32) for _ in range(2)]
+    scales = [random.uniform(0.5, 1.5, (kv_heads, tokens)).astype(np.float16) for _ in range(2)]
+    queries = random.standard_normal((kv_heads * group, D)).astype(np.float16)
+    rest = [codebook, (codebook * 0.9).astype(np.float32), np.float32(D**-0.5)]
+    return [queries, codes[0], scales[0], codes[1], scales[1], *rest]
+
+
+def attend(inputs, *replace, splits=4, simdgroups=8, **options):
+    """The attention output (query heads, 128) float32 of ``attention_inputs``."""
+    kv_heads, heads, size = len(inputs[1]), len(inputs[0]), 32 * simdgroups
+    names = ["q", "k_packed", "k_scale", "v_packed", "v_scale", "k_codebook", "v_codebook", "scale"]
+    parts = ["part_o", "part_m", "part_l"]
+    first = _kernel("attend", names, parts, ATTEND_SOURCE, ATTEND_HEADER, replace)
+    computed = first(
+        inputs=inputs,
+        template=[("T", np.float16), ("G", heads // kv_heads), ("NSG", simdgroups)],
+        grid=(splits * size, kv_heads, 1),
+        threadgroup=(size, 1, 1),
+        output_shapes=[(heads, splits, D), (heads, splits), (heads, splits)],
         output_dtypes=[np.float32] * 3,
-        **kw,
+        **options,
     )
-    o = k2(
-        inputs=p,
+    return metal_kernel("merge", parts, ["out"], MERGE_SOURCE)(
+        inputs=computed,
         template=[("T", np.float32)],
-        grid=(Hkv * G * 128, 1, 1),
-        threadgroup=(128, 1, 1),
-        output_shapes=[(Hkv * G, 128)],
+        grid=(heads * D, 1, 1),
+        threadgroup=(D, 1, 1),
+        output_shapes=[(heads, D)],
         output_dtypes=[np.float32],
-        **kw,
-    )
-    return o[0], (k1, k2)
+        **options,
+    )[0]
+
+
+def attention_reference(q, k, k_scale, v, v_scale, k_codebook, v_codebook, scale):
+    """What ``attend`` approximates, in float32."""
+
+    def unpack(packed):
+        return ((packed[..., None] >> (4 * np.arange(8, dtype=np.uint32))) & 15).reshape(*packed.shape[:-1], D)
+
+    keys = k_codebook[unpack(k)] * k_scale[..., None].astype(np.float32)
+    values = v_codebook[unpack(v)] * v_scale[..., None].astype(np.float32)
+    scores = np.einsum("hgd,hnd->hgn", q.astype(np.float32).reshape(len(k), -1, D) * scale, keys)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (np.einsum("hgn,hnd->hgd", weights, values) / weights.sum(-1, keepdims=True)).reshape(-1, D)

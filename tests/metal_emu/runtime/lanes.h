@@ -26,18 +26,24 @@ static void yield_to(Fiber* from, Fiber* to) {
 static int source_lane(const Fiber& fiber, int first, int first_argument) {
   int lane = fiber.lane(), by = fiber.argument;
   switch (fiber.shuffle) {
-    case EMU_DOWN: return lane + by < LANES ? lane + by : lane;
-    case EMU_UP: return lane - by >= 0 ? lane - by : lane;
-    case EMU_XOR: return lane ^ by;
-    case EMU_ROTATE_DOWN: return (lane + by) % LANES;
-    case EMU_ROTATE_UP: return (lane - by) & (LANES - 1);
+    case EMU_DOWN:
+      return lane + by < LANES ? lane + by : lane;
+    case EMU_UP:
+      return lane - by >= 0 ? lane - by : lane;
+    case EMU_XOR:
+      return lane ^ by;
+    case EMU_ROTATE_DOWN:
+      return (lane + by) % LANES;
+    case EMU_ROTATE_UP:
+      return (lane - by) & (LANES - 1);
     case EMU_BROADCAST:
       if (by != first_argument) {
         Report* r = report(SIMD_SHUFFLE);
         snprintf(r->text, sizeof r->text, "simd_broadcast wants one lane for all, got %d and %d", by, first_argument);
       }
       return by < 0 ? first : by;
-    default: return by;
+    default:
+      return by;
   }
 }
 
@@ -172,7 +178,8 @@ static bool resolve_divergence(int simdgroup) {
     if (!first) first = &lane;
     if (!odd && !lane.waits_with(*first)) odd = &lane;
     if (lane.state == AT_THREADGROUP_BARRIER) continue;
-    bool earlier = earliest && (lane.line < earliest->line || (lane.line == earliest->line && lane.column < earliest->column));
+    bool earlier =
+        earliest && (lane.line < earliest->line || (lane.line == earliest->line && lane.column < earliest->column));
     if (!earliest || earlier) earliest = &lane;
   }
   if (!earliest) return false;

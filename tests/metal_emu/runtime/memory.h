@@ -81,7 +81,8 @@ static bool ordered(Access earlier, Space space) {
   if (thread / MAX_THREADS != current->id / MAX_THREADS) return false;
   if (earlier.epoch >> 16 < threadgroup_epoch[space]) return true;
   u32 simdgroup = thread % MAX_THREADS / LANES;
-  return (int)simdgroup == current->simdgroup() && (earlier.epoch & 0xffff) < (simdgroup_epoch[simdgroup][space] & 0xffff);
+  return (int)simdgroup == current->simdgroup() &&
+         (earlier.epoch & 0xffff) < (simdgroup_epoch[simdgroup][space] & 0xffff);
 }
 
 static Report* report_access(Kind kind, const Region* region, uptr address, const void* pc) {
@@ -118,7 +119,8 @@ static bool already_reported(Kind kind, u32 pc, u32 other_pc) {
   abort_run();
 }
 
-static void report_race(const Region& region, uptr address, const void* pc, Access other, u32 other_pc, const char* what) {
+static void report_race(const Region& region, uptr address, const void* pc, Access other, u32 other_pc,
+                        const char* what) {
   if (already_reported(RACE, kernel_pc(pc), other_pc)) return;
   Report* r = report_access(RACE, &region, address, pc);
   r->other_pc = other_pc;

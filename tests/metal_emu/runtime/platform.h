@@ -47,11 +47,11 @@ enum { SIGBUS = 7, SIGFPE = 8, SIGSEGV = 11, SA_SIGINFO = 4, SA_ONSTACK = 0x0800
 
 // Zeroed memory of its own pages, taken from the system only where it is touched.
 static char* map_pages(size_t bytes) {
-  return (char*)mmap(nullptr, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return (char*)mmap(nullptr, bytes ? bytes : 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                     -1, 0);
 }
 
-template <class T>
-struct Array {  // zeroed, freed at the end of its scope
+template <class T> struct Array {  // zeroed, freed at the end of its scope
   T* items;
   explicit Array(size_t count) : items((T*)calloc(count ? count : 1, sizeof(T))) {}
   ~Array() { free(items); }

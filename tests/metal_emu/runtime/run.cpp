@@ -21,7 +21,8 @@ static void on_crash(int signal, SignalInfo* info, void*) {
   if (signal == SIGFPE)
     snprintf(r->text, sizeof r->text, "crash: integer division by zero or overflow");
   else if (is_private((uptr)info->address))
-    snprintf(r->text, sizeof r->text, "crash: private variables of a thread take more than %d KB", (int)(STACK_BYTES >> 10));
+    snprintf(r->text, sizeof r->text, "crash: private variables of a thread take more than %d KB",
+             (int)(STACK_BYTES >> 10));
   else
     snprintf(r->text, sizeof r->text, "crash: access to %p", info->address);
   abort_run();
@@ -87,7 +88,8 @@ static void watch_image(Cell* threadgroup_cells) {
   u64 lo = run->threadgroup_lo, hi = run->threadgroup_hi;
   for (int i = 0; i < run->n_variables; i++) {
     const Variable& v = run->variables[i];
-    add_region(v.address, v.address + v.bytes, THREADGROUP_MEMORY, THREADGROUP_VARIABLE + i, threadgroup_cells + (v.address - lo));
+    add_region(v.address, v.address + v.bytes, THREADGROUP_MEMORY, THREADGROUP_VARIABLE + i,
+               threadgroup_cells + (v.address - lo));
   }
   // Tables of constants may be read; between threadgroup variables lie red zones.
   add_region(run->image_lo, hi > lo ? lo : run->image_hi, IMAGE, -1, nullptr);
@@ -104,8 +106,7 @@ static u32 next_random() {  // xorshift
   return random_state;
 }
 
-template <class T>
-static void fill_order(T* order, int count) {
+template <class T> static void fill_order(T* order, int count) {
   for (int i = 0; i < count; i++) order[i] = run->order == REVERSE ? count - 1 - i : i;
   for (int i = count - 1; run->order == RANDOM && i > 0; i--) {
     int j = (int)(next_random() % (i + 1));
@@ -121,7 +122,8 @@ struct Shape {
 };
 
 static int start_threads(const Shape& shape, u32 group, u32 number) {
-  EmuUint3 at = {group % shape.groups[0], group / shape.groups[0] % shape.groups[1], group / (shape.groups[0] * shape.groups[1])};
+  EmuUint3 at = {group % shape.groups[0], group / shape.groups[0] % shape.groups[1],
+                 group / (shape.groups[0] * shape.groups[1])};
   u32 place[3] = {at.x, at.y, at.z}, size[3];
   const u32* full = shape.threads;
   for (int i = 0; i < 3; i++) {  // the last group of a row may be smaller

@@ -8,15 +8,22 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-#define ACCESS(prefix, bytes, aligned)                                                                      \
-  void __tsan_##prefix##read##bytes(void* p) { check_access(p, bytes, false, aligned, PC); }                \
-  void __tsan_##prefix##write##bytes(void* p) { check_access(p, bytes, true, aligned, PC); }                \
-  void __tsan_##prefix##read_write##bytes(void* p) {                                                        \
-    check_access(p, bytes, false, aligned, PC);                                                             \
-    check_access(p, bytes, true, aligned, PC);                                                              \
+#define ACCESS(prefix, bytes, aligned)                                                       \
+  void __tsan_##prefix##read##bytes(void* p) { check_access(p, bytes, false, aligned, PC); } \
+  void __tsan_##prefix##write##bytes(void* p) { check_access(p, bytes, true, aligned, PC); } \
+  void __tsan_##prefix##read_write##bytes(void* p) {                                         \
+    check_access(p, bytes, false, aligned, PC);                                              \
+    check_access(p, bytes, true, aligned, PC);                                               \
   }
-ACCESS(, 1, true) ACCESS(, 2, true) ACCESS(, 4, true) ACCESS(, 8, true) ACCESS(, 16, true)
-ACCESS(unaligned_, 2, false) ACCESS(unaligned_, 4, false) ACCESS(unaligned_, 8, false) ACCESS(unaligned_, 16, false)
+ACCESS(, 1, true)
+ACCESS(, 2, true)
+ACCESS(, 4, true)
+ACCESS(, 8, true)
+ACCESS(, 16, true)
+ACCESS(unaligned_, 2, false)
+ACCESS(unaligned_, 4, false)
+ACCESS(unaligned_, 8, false)
+ACCESS(unaligned_, 16, false)
 
 static void check_range(const void* p, size_t bytes, bool writes, const void* pc) {
   if (bytes) check_access(const_cast<void*>(p), (unsigned)bytes, writes, false, pc);
@@ -54,11 +61,11 @@ static void report_undefined(const SourceLocation* at, const char* what) {
   snprintf(r->text, sizeof r->text, "%s", what);
 }
 
-#define UNDEFINED(name, what)                                                              \
-  void __ubsan_handle_##name(SourceLocation* at) { report_undefined(at, what); }           \
-  void __ubsan_handle_##name##_abort(SourceLocation* at) {                                 \
-    report_undefined(at, what);                                                            \
-    abort_run();                                                                           \
+#define UNDEFINED(name, what)                                                    \
+  void __ubsan_handle_##name(SourceLocation* at) { report_undefined(at, what); } \
+  void __ubsan_handle_##name##_abort(SourceLocation* at) {                       \
+    report_undefined(at, what);                                                  \
+    abort_run();                                                                 \
   }
 UNDEFINED(add_overflow, "signed integer overflow in +")
 UNDEFINED(sub_overflow, "signed integer overflow in -")
@@ -69,11 +76,11 @@ UNDEFINED(shift_out_of_bounds, "shift by more bits than there are, or of a negat
 UNDEFINED(float_cast_overflow, "float value does not fit the integer type")
 
 // After these there is no value to go on with.
-#define FATAL(name, what)                                                                  \
-  void __ubsan_handle_##name(SourceLocation* at) {                                         \
-    report_undefined(at, what);                                                            \
-    abort_run();                                                                           \
-  }                                                                                        \
+#define FATAL(name, what)                          \
+  void __ubsan_handle_##name(SourceLocation* at) { \
+    report_undefined(at, what);                    \
+    abort_run();                                   \
+  }                                                \
   void __ubsan_handle_##name##_abort(SourceLocation* at) { __ubsan_handle_##name(at); }
 FATAL(builtin_unreachable, "unreachable code reached")
 FATAL(missing_return, "function ends without returning a value")

@@ -35,14 +35,14 @@
 #endif
 #define thread
 #define kernel
-#define MSL_BODY(...) { __VA_ARGS__ }
+#define MSL_BODY(...) {__VA_ARGS__}
 #define MSL_INL static inline __attribute__((always_inline))
 #endif
 #define METAL_FUNC inline __attribute__((always_inline))
 #define METAL_INTERNAL inline __attribute__((always_inline))
-#define __METAL_SITE int __l = __builtin_LINE(), int __c = __builtin_COLUMN()
-#define __METAL_PASS __l, __c
-
+// Where a simd operation or barrier is called: lanes meet if they wait at the same place.
+#define MSL_SITE int __line = __builtin_LINE(), int __column = __builtin_COLUMN()
+#define MSL_PASS __line, __column
 
 // Scalars and constants
 typedef unsigned char uchar;
