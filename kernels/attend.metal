@@ -13,7 +13,7 @@
 //   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   lengths    (B, 4) int32                valid rows of: sinks, packed, tail; the fourth is not used
-//   sizes      int32: H, Hkv, L, cap, tcap, S, packed splits, raw splits or simdgroups, mask strides of B, H, L, block
+//   sizes      int32: H, Hkv, L, cap, tcap, S, packed splits, raw splits or simdgroups, mask strides of B, H, L
 //   factors    float32: the scale of the scores
 // Outputs
 //   out        two passes: (B * H * L, splits, D) float32, each split's weighted sum of values, not yet divided;
@@ -21,7 +21,7 @@
 //   out_ml     two passes: (B * H * L, splits, 2) float32, largest score in units of log 2, sum of weights;
 //              single pass: (8,) zeros
 // Template constants
-//   T, O (dtype of out), D, KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
+//   T, O (dtype of out), D, BLOCK (tokens per centre), KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
 //   1 boolean, 2 added), CAUSAL (query l sees tokens up to length - L + l), LOGITS, SINGLE, RC (query rows of a
 //   threadgroup, a power of two), KD and VD (elements of a key and of a value that one lane reads), NSG (simdgroups)
 // Grid
@@ -243,13 +243,12 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     constexpr int KTABLE = KB == 0 || KB == 8 ? 1 : 1 << KB, VTABLE = VB == 0 || VB == 8 ? 1 : 1 << VB;
     float ktable = KB == 2 ? codebook_2[at.lane % KTABLE % 4] : KB == 3 ? codebook_3[at.lane % KTABLE % 8] : codebook_4[at.lane % KTABLE % 16];
     float vtable = VB == 2 ? codebook_2[at.lane % VTABLE % 4] : VB == 3 ? codebook_3[at.lane % VTABLE % 8] : codebook_4[at.lane % VTABLE % 16];
-    uint block = uint(sizes[11]);
     ulong base = head * ulong(sizes[3]);
     const device uint* krows = (const device uint*)k_codes + base * KWORDS;
     const device uint* vrows = (const device uint*)v_codes + base * VWORDS;
     const device T* kscales = k_scales + base * KG + kfirst / KSPAN;
     const device T* vscales = v_scales + base * VG + vfirst / VSPAN;
-    const device T* centers = k_centers + base / block * D;
+    const device T* centers = k_centers + base / BLOCK * D;
     uint center_block = 0xffffffffu;
     float center_score = 0.0f;
 
@@ -268,8 +267,8 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       if (VB > 0 && VG == 1) { load_scales<T, QS>(vscales + token, vscale); }
       if (VB == 0 || VG > 1) { for (int i = 0; i < QS; i++) { vscale[i] = 1.0f; } }
 
-      if (CENTER && tile * TILE / block != center_block) {
-        center_block = tile * TILE / block;
+      if (CENTER && tile * TILE / BLOCK != center_block) {
+        center_block = tile * TILE / BLOCK;
         uint chx = at.lane / (32 / RC);
         float a[RC];
 #pragma unroll

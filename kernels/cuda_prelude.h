@@ -3,9 +3,6 @@
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 
-#define device
-#define constant
-#define thread
 #define METAL_FUNC __device__ __forceinline__
 #define TURBOQUANT_CUDA 1
 

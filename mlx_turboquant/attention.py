@@ -60,7 +60,7 @@ def attend(
                 scale=scale,
                 block=keys.block,
                 balance=getattr(keys.quantizer, "balance", None),
-                mask=None if mask is None or causal else _four_axes(mask),
+                mask=None if mask is None or causal else _all_tokens(_four_axes(mask), keys.shape[2]),
                 causal=causal,
                 logits=sinks,
                 backend=backend,
@@ -78,7 +78,7 @@ def _stored(rows: CompressedRows) -> kernel.StoredSide:
 @cache
 def _say_once(backend: str, reason: str) -> None:
     warnings.warn(
-        f"[attend] The {backend} kernel does not read this cache, because {reason}; plain MLX operations do it, slower.",
+        f"[attend] The {backend} kernel does not read this cache, because {reason}; plain MLX operations do, slower.",
         stacklevel=2,
     )
 
@@ -151,6 +151,10 @@ def _grouped_mask(mask, L: int, T: int, Hkv: int) -> mx.array | None:
 
 def _four_axes(mask: mx.array) -> mx.array:
     return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def _all_tokens(mask: mx.array, tokens: int) -> mx.array:
+    return mask if mask.shape[-1] == tokens else mx.broadcast_to(mask, (*mask.shape[:3], tokens))
 
 
 def _masked(scores: mx.array, mask: mx.array) -> mx.array:

@@ -87,9 +87,7 @@ class TurboQuantKVCache:
         if self._blocks is None:
             return tuple(rows.view() for rows in self._tail)
         return tuple(
-            CompressedRows(
-                sinks, blocks.stored(), blocks.length, tail.array, tail.length, quantizer, self.scheme.block
-            )
+            CompressedRows(sinks, blocks.stored(), blocks.length, tail.array, tail.length, quantizer, self.scheme.block)
             for sinks, blocks, tail, quantizer in zip(
                 self._sinks or (None, None), self._blocks, self._tail, self._quantizers, strict=True
             )

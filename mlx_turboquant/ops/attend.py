@@ -101,38 +101,28 @@ def attend(
     Scratch memory of the second form: B * H * L * splits * (D + 2) float32, splits at most 512.
     """
     B, H, L, D = queries.shape
-    Hkv = keys.packed.codes.shape[1]
+    Hkv, capacity = keys.packed.codes.shape[1:3]
     dtype = (keys.tail if keys.tail is not None else keys.packed.scales).dtype
-    asked = queries.dtype
-    plan = _plan(
-        B, Hkv, H // Hkv * L, D, _group(keys, D), max(n[1] for n in lengths), max(n[0] + n[2] for n in lengths), backend
-    )
-
-    rotation = keys.rotation or values.rotation
-    signs, hartley = _rotation_arrays(rotation)
+    signs, hartley = _rotation_arrays(keys.rotation or values.rotation)
     nothing = _padding(dtype)
-    tail_k, tail_v = (nothing if side.tail is None else side.tail for side in (keys, values))
-    sink_k, sink_v = (nothing if side.sinks is None else side.sinks for side in (keys, values))
+    tails = [nothing if side.tail is None else side.tail for side in (keys, values)]
+    sinks = [nothing if side.sinks is None else side.sinks for side in (keys, values)]
+    key_groups = 1 if keys.bits == 0 else keys.packed.scales.shape[-1]
+    plan = _plan(
+        *(B, Hkv, H // Hkv * L, D, D // key_groups),
+        *(max(n[1] for n in lengths), max(n[0] + n[2] for n in lengths), backend),
+    )
     strides = (0, 0, 0)
     if mask is not None:
-        mask = mx.broadcast_to(mask, (*mask.shape[:-1], sum(max(lengths, key=sum)))) if mask.shape[-1] == 1 else mask
-        strides = tuple(
-            0 if n == 1 else step
-            for n, step in zip(
-                mask.shape[:3], (mask.size // mask.shape[0], mask.shape[2] * mask.shape[3], mask.shape[3])
-            )
-        )
-    sizes = _ints(
-        H, Hkv, L, keys.packed.codes.shape[2], tail_k.shape[-2], sink_k.shape[-2],
-        plan.splits, plan.raw_splits, *strides, block,
-    )  # fmt: skip
-    template = [
+        strides = _broadcast_strides(mask.shape)
+    template = (
         ("T", dtype),
         ("O", dtype if plan.single else mx.float32),
         ("D", D),
+        ("BLOCK", block),
         ("KB", keys.bits),
         ("VB", values.bits),
-        ("KG", 1 if keys.bits == 0 else keys.packed.scales.shape[-1]),
+        ("KG", key_groups),
         ("VG", 1 if values.bits == 0 else values.packed.scales.shape[-1]),
         ("CENTER", keys.packed.centers is not None),
         ("BALANCE", balance is not None),
@@ -144,47 +134,64 @@ def attend(
         ("KD", plan.key_elements),
         ("VD", plan.value_elements),
         ("NSG", plan.simdgroups),
-    ]
-    splits = plan.splits + plan.raw_splits
-    rows = B * H * L
-    inputs = [
-        queries.astype(dtype),
+    )
+    run = _runner(backend, plan, template, B, H, Hkv, L, D)
+    return run(
+        queries,
         keys.packed.codes,
         nothing if keys.packed.scales is None else keys.packed.scales,
         nothing if keys.packed.centers is None else keys.packed.centers,
         values.packed.codes,
         nothing if values.packed.scales is None else values.packed.scales,
-        *(sink_k, sink_v, tail_k, tail_v),
+        *(*sinks, *tails),
         signs if balance is None else balance,
         *(signs, hartley),
         nothing if mask is None else mask,
         nothing if logits is None else logits,
         _ints(*(n for one in lengths for n in (*one, 0))),
-        sizes,
+        _ints(*(H, Hkv, L, capacity, tails[0].shape[-2], sinks[0].shape[-2], plan.splits, plan.raw_splits, *strides)),
         _floats(scale),
-    ]
-    groups = (1 if plan.single else splits, Hkv * -(-(H // Hkv * L) // plan.rows), B)
-    out, tops = _ATTEND(
-        backend,
-        inputs,
-        template=template,
-        groups=groups,
-        threads=32 * plan.simdgroups,
-        output_shapes=[queries.shape, (8,)] if plan.single else [(rows, splits, D), (rows, splits, 2)],
-        output_dtypes=[dtype if plan.single else mx.float32, mx.float32],
     )
-    if not plan.single:
-        assert out.size + tops.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
-        (out,) = _MERGE(
+
+
+@lru_cache(maxsize=256)
+def _runner(backend: str, plan: "_Plan", template: tuple, B: int, H: int, Hkv: int, L: int, D: int):
+    """The calls as one function of arrays, compiled: building the arguments of two kernels takes 60 us in Python."""
+    rows, splits = B * H * L, plan.splits + plan.raw_splits
+    groups = (1 if plan.single else splits, Hkv * -(-(H // Hkv * L) // plan.rows), B)
+    dtype = template[0][1]
+
+    def run(*inputs: mx.array) -> mx.array:
+        out, tops = _ATTEND(
             backend,
-            [out, tops, signs, hartley, inputs[14], _ints(H, L, splits, plan.raw_splits)],
-            template=[("T", dtype), ("D", D), ("VB", values.bits), ("LOGITS", logits is not None), ("NSG", 8)],
-            groups=(rows, 1, 1),
-            threads=256,
-            output_shapes=[queries.shape],
-            output_dtypes=[dtype],
+            [inputs[0].astype(dtype), *inputs[1:]],
+            template=template,
+            groups=groups,
+            threads=32 * plan.simdgroups,
+            output_shapes=[(B, H, L, D), (8,)] if plan.single else [(rows, splits, D), (rows, splits, 2)],
+            output_dtypes=[dtype if plan.single else mx.float32, mx.float32],
         )
-    return out.astype(asked)
+        if not plan.single:
+            assert out.size + tops.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
+            constants = dict(template)
+            (out,) = _MERGE(
+                backend,
+                [out, tops, *inputs[11:13], inputs[14], _ints(H, L, splits, plan.raw_splits)],
+                template=[("T", dtype), *((n, constants[n]) for n in ("D", "VB", "LOGITS")), ("NSG", 8)],
+                groups=(rows, 1, 1),
+                threads=256,
+                output_shapes=[(B, H, L, D)],
+                output_dtypes=[dtype],
+            )
+        return out.astype(inputs[0].dtype)
+
+    return mx.compile(run) if backend in ("metal", "cuda") else run
+
+
+def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Elements from one sequence, head and query of a mask (.., .., .., tokens) to the next; 0 where there is one."""
+    B, H, L, tokens = shape
+    return tuple(0 if n == 1 else step for n, step in ((B, H * L * tokens), (H, L * tokens), (L, tokens)))
 
 
 class _Plan(NamedTuple):
@@ -214,12 +221,13 @@ def _plan(B: int, Hkv: int, rows: int, D: int, group: int, packed: int, raw: int
         return _Plan(True, 1, raw_share, per_group, key_elements, 8, simdgroups)
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
     splits = max(_THREADGROUPS.get(backend, 64) // heads, 1)
-    splits = min(splits, -(-tiles // _SIMDGROUPS), MAX_SPLITS - raw_splits)
+    splits = min(splits, _power_of_two(-(-tiles // _SIMDGROUPS)), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, per_group, key_elements, 8, _SIMDGROUPS)
 
 
-def _group(keys: StoredSide, D: int) -> int:
-    return D if keys.bits == 0 else D // keys.packed.scales.shape[-1]
+def _power_of_two(n: int) -> int:
+    """The largest one that is at most n: a cache that grows must not compile a new graph at every length."""
+    return 1 << (n.bit_length() - 1)
 
 
 # MLX hands a kernel inputs of fewer than 8 elements in another address space, so the small ones are padded to 8.

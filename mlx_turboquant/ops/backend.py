@@ -21,8 +21,8 @@ def choose_backend(asked: str | None = None) -> str:
         return _available()
     if name in ("metal", "cuda") and name != _available():
         raise ValueError(
-            f"[choose_backend] Backend {name!r} was asked for ({_origin(asked)}), but MLX runs on {mx.default_device()} "
-            f"here, which has {_available()!r}. Ask for 'auto'."
+            f"[choose_backend] Backend {name!r} was asked for ({_origin(asked)}), but MLX runs on "
+            f"{mx.default_device()} here, which has {_available()!r}. Ask for 'auto'."
         )
     if name not in BACKENDS and name not in _EXTRA:
         raise ValueError(f"[choose_backend] Unknown backend {name!r} ({_origin(asked)}). Known: {', '.join(BACKENDS)}.")

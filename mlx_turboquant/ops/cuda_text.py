@@ -1,6 +1,6 @@
 """Metal kernel text to CUDA text, so that one source runs on both.
 
-What CUDA spells otherwise is renamed or defined by kernels/cuda_prelude.h: address spaces vanish, arrays declared
+What CUDA spells otherwise is renamed here or defined by kernels/cuda_prelude.h: address spaces vanish, arrays declared
 `threadgroup` become `__shared__`, tables in program scope become `__constant__`. Nothing else is translated: the
 kernels keep to what both languages have.
 """
@@ -39,6 +39,8 @@ def _translate(text: str) -> str:
             out.append("__shared__" if declares else "")
         elif token == "constant" and depth == 0 and (previous is None or previous in ";}"):
             out.append("__constant__")
+        elif token in ("device", "constant", "thread"):
+            out.append("")
         else:
             out.append(_RENAMED.get(token, token))
         if not token.isspace() and not token.startswith(("//", "/*", "#")):
