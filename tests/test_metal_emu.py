@@ -128,6 +128,18 @@ def test_reports_name_the_line_the_array_and_the_other_thread():
         encode(ROWS, SIGNS, (SIMD_BARRIER, ""), check=True)
 
 
+def test_reports_tell_body_and_header_apart():
+    header = "METAL_FUNC float f(float v, int by) { return v + by + simd_shuffle_xor(v, ushort(1)); }"
+    apart = "uint i = thread_position_in_grid.x; o[i] = (i & 1) ? f(x[i], 1 << (i * 8)) : simd_sum(x[i]);"
+    with pytest.raises(
+        KernelError, match=r"simd-divergence\] apart\.metal:1:\d+: .*other: thread 1 at apart\.header:1"
+    ):
+        elementwise(apart, [np.zeros(64, np.float32)], name="apart", header=header, check=True)
+    both = "uint i = thread_position_in_grid.x; o[i] = f(x[i], 1 << i);"
+    with pytest.raises(KernelError, match=r"undefined-behaviour\] both\.metal:1:"):
+        elementwise(both, [np.zeros(64, np.float32)], name="both", header=header, check=True)
+
+
 def test_vector_loads_are_aligned():
     strided = "uint i = thread_position_in_grid.x; float4 v = *(const device float4*)(x + {} * i); o[i] = v.x + v.w;"
     x = np.arange(256, dtype=np.float32)

@@ -76,6 +76,7 @@ def test_float_functions():
         "mix(x@, 2.0f, 0.25f)": wide * 0.75 + 0.5,
         "clamp(x@, 1.0f, 2.0f)": np.clip(wide, 1, 2),
         "fract(x@)": wide - np.floor(wide),
+        "smoothstep(0.0f, 4.0f, x@)": (wide / 4) ** 2 * (3 - wide / 2),
         "select(x@, 0.0f, x@ > 1.0f)": np.where(wide > 1, 0, wide),
     }
     for (expression, wanted), got in zip(expected.items(), each(list(expected), [x], np.float32), strict=True):

@@ -17,10 +17,16 @@ wheel. ``build`` compiles the same text as C++ for the CPU. ``execute`` runs it 
 fiber, and barriers and simd operations are where fibers are switched, so a run is exact and repeatable.
 
 It needs clang 17 or newer: one on PATH, or pip's ``ziglang``; ``METAL_EMU_CLANG`` forces one. Built kernels are kept
-in the user's cache folder (256 MB at most).
+in the user's cache folder (256 MB at most). Cold, on two cores with clang 22: 99 instantiations of the sample attention
+kernel are type-checked in 1.6 s and built checked in 10 s; a body of 500 lines takes 0.2 s and 1 s. Of a small kernel's
+0.06 s, half is reading the precompiled prelude; of a large one's second, all is clang's optimizer and code generator.
 
-What it cannot show: a data race between an atomic and a plain access; a race among three or more simdgroups that read
-and one that writes, where the two remembered readers are ordered; the rounding of Metal's fast math; speed.
+What it cannot show:
+
+- a race between an atomic and a plain access
+- a race of one writer with readers of three or more simdgroups, if the two remembered readers are ordered before it
+- divergence between two simd operations of bfloat, or two calls of one helper: they wait at the same place in the text
+- the rounding of Metal's fast math, and of sums over lanes in another order; speed
 """
 
 import sys

@@ -21,7 +21,7 @@ OLDEST_CLANG = 17  # C++ for OpenCL 2021 and __bf16 arithmetic
 _ARCH = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
 _CXX = ["-nostdinc", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-w", *_ARCH]
 _KERNEL = [
-    *("-x", "c++", "-std=c++14", *_CXX, "-DMSL_ERASE_AS"),
+    *("-x", "c++", "-std=c++14", *_CXX),
     # Metal's literals are float, its casts between pointers are free, and nothing is fused that is not written fused.
     *("-Xclang", "-cl-single-precision-constant", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off"),
     # Private arrays that are too large meet the guard page below the stack, not a neighbour's stack.

@@ -181,7 +181,8 @@ def _reports(kernel: Loaded, name: str, buffers: list[str], reports: list[_Repor
     lines = _source_lines(kernel.path, {pc for r in reports for pc in (r.pc, r.other_pc) if pc})
 
     def place(pc: int, line: int, column: int) -> str:
-        return lines.get(pc) or (f"{name}.metal:{line}:{column}" if line else "unknown line")
+        file = (f"{name}.metal", f"{name}.header", "library header")[line >> 24]
+        return lines.get(pc) or (f"{file}:{line & 0xFFFFFF}:{column}" if line else "unknown line")
 
     out = []
     for r in reports:

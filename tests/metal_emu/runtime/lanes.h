@@ -87,10 +87,16 @@ static void resolve(int simdgroup, u32 mask) {
   group.waiting -= __builtin_popcount(mask);
 }
 
-static void wait_at(State state, int line, int column) {
+// A place's line tells its file in its top bits: 0 the body, 1 the kernel's header, 2 a library header.
+static int file_mark(const char* file) {
+  while (file[1]) file++;
+  return (*file == 'r') << 24 | (*file == 'h') << 25;
+}
+
+static void wait_at(State state, int line, int column, const char* file) {
   Fiber* me = current;
   me->state = state;
-  me->line = line;
+  me->line = line |= file_mark(file);
   me->column = column;
   int simdgroup = me->simdgroup();
   Simdgroup& group = simdgroups[simdgroup];
@@ -113,38 +119,39 @@ static void wait_at(State state, int line, int column) {
   yield_to(me, next_ready(simdgroup, me->lane()));
 }
 
-static void exchange_value(void* value, unsigned size, int line, int column) {
+static void exchange_value(void* value, unsigned size, int line, int column, const char* file) {
   Fiber* me = current;
   if (size > SLOT_BYTES) abort();
   memcpy(me->value, value, size);
   me->size = size;
-  wait_at(AT_SIMD_OPERATION, line, column);
+  wait_at(AT_SIMD_OPERATION, line, column, file);
   memcpy(value, me->value, size);
 }
 
 extern "C" {
 unsigned emu_lane() { return current->lane(); }
 
-void emu_exchange(void* value, unsigned size, int lane, int shuffle, int line, int column) {
+void emu_exchange(void* value, unsigned size, int lane, int shuffle, int line, int column, const char* file) {
   current->combine = nullptr;
   current->argument = lane;
   current->shuffle = shuffle;
-  exchange_value(value, size, line, column);
+  exchange_value(value, size, line, column, file);
 }
 
-void emu_reduce(void* value, unsigned size, void (*combine)(const void*, void*, unsigned), int line, int column) {
+void emu_reduce(void* value, unsigned size, void (*combine)(const void*, void*, unsigned), int line, int column,
+                const char* file) {
   current->combine = combine;
-  exchange_value(value, size, line, column);
+  exchange_value(value, size, line, column, file);
 }
 
-void emu_simdgroup_barrier(int flags, int line, int column) {
+void emu_simdgroup_barrier(int flags, int line, int column, const char* file) {
   current->argument = flags;
-  wait_at(AT_SIMDGROUP_BARRIER, line, column);
+  wait_at(AT_SIMDGROUP_BARRIER, line, column, file);
 }
 
-void emu_threadgroup_barrier(int flags, int line, int column) {
+void emu_threadgroup_barrier(int flags, int line, int column, const char* file) {
   current->argument = flags;
-  wait_at(AT_THREADGROUP_BARRIER, line, column);
+  wait_at(AT_THREADGROUP_BARRIER, line, column, file);
 }
 }
 

@@ -1,5 +1,6 @@
 // What the compiler calls in a checked build: before each access (-fsanitize=thread) and at undefined behaviour.
 #pragma once
+#include "lanes.h"
 #include "memory.h"
 
 #define PC __builtin_return_address(0)
@@ -51,12 +52,13 @@ struct SourceLocation {
 
 static void report_undefined(const SourceLocation* at, const char* what) {
   if (!run) return;
+  int line = (int)at->line | file_mark(at->file);
   for (int i = 0; i < run->n_reports; i++) {
     const Report& r = run->reports[i];
-    if (r.kind == UNDEFINED_BEHAVIOUR && r.line == (int)at->line && r.column == (int)at->column) return;
+    if (r.kind == UNDEFINED_BEHAVIOUR && r.line == line && r.column == (int)at->column) return;
   }
   Report* r = report(UNDEFINED_BEHAVIOUR);
-  r->line = (int)at->line;
+  r->line = line;
   r->column = (int)at->column;
   snprintf(r->text, sizeof r->text, "%s", what);
 }

@@ -6,7 +6,7 @@
 namespace metal {
 enum memory_order { memory_order_relaxed };
 enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
-#ifdef MSL_Q  // clang has its own types of these names in OpenCL
+#ifdef MSL_CHECK  // clang has its own types of these names in OpenCL
 #define atomic_int __msl_atomic_int
 #define atomic_uint __msl_atomic_uint
 #define atomic_float __msl_atomic_float
@@ -23,7 +23,7 @@ typedef atomic<uint> atomic_uint;
 typedef atomic<bool> atomic_bool;
 typedef atomic<float> atomic_float;
 
-#ifdef MSL_P
+#ifdef MSL_RUN
 // The checker is told of the whole operation, not of its parts.
 #define MSL_ATOMIC __attribute__((no_sanitize("thread"), noinline))
 #define MSL_TELL(reads) emu_atomic((const volatile void*)p, sizeof(p->__value), reads)

@@ -19,10 +19,11 @@ enum EmuShuffle { EMU_LANE, EMU_DOWN, EMU_UP, EMU_XOR, EMU_BROADCAST, EMU_ROTATE
 #ifndef __OPENCL_CPP_VERSION__  // the type check only needs declarations that kernels see
 extern "C" {
 // Both replace the `size` bytes at `value` by what the simdgroup agrees on; line and column name the call.
-void emu_exchange(void* value, unsigned size, int lane, int shuffle, int line, int column);
-void emu_reduce(void* value, unsigned size, void (*combine)(const void*, void*, unsigned), int line, int column);
-void emu_threadgroup_barrier(int flags, int line, int column);
-void emu_simdgroup_barrier(int flags, int line, int column);
+void emu_exchange(void* value, unsigned size, int lane, int shuffle, int line, int column, const char* file);
+void emu_reduce(void* value, unsigned size, void (*combine)(const void*, void*, unsigned), int line, int column,
+                const char* file);
+void emu_threadgroup_barrier(int flags, int line, int column, const char* file);
+void emu_simdgroup_barrier(int flags, int line, int column, const char* file);
 unsigned emu_lane(void);
 // Called before an atomic operation; `reads` is 0 for a plain store.
 void emu_atomic(const volatile void* address, unsigned size, int reads);

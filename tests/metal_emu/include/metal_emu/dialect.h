@@ -1,9 +1,8 @@
 // The words of Metal in two dialects of clang, and its scalar types and constants.
-// MSL_Q: C++ for OpenCL, to type-check; real address spaces, library functions are only declared.
-// MSL_P: C++ for the CPU, to run; address spaces are erased.
+// MSL_CHECK: C++ for OpenCL, to type-check; real address spaces, library functions are only declared.
+// MSL_RUN: C++ for the CPU, to run; address spaces are erased.
 #pragma once
 
-#define MSL_EMU 1
 #define __METAL__ 1
 #ifndef __METAL_VERSION__
 #define __METAL_VERSION__ 320
@@ -14,35 +13,32 @@
 #define __METAL_MAYBE_FAST_MATH__ 0
 
 #ifdef __OPENCL_CPP_VERSION__
-#define MSL_Q 1
+#define MSL_CHECK 1
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #define device __global
 #define threadgroup __local
 #define thread __private
-// `constant` is already a keyword (== __constant)
-#define MSL_BODY(...) ;
+// `constant` is a keyword already.
+#define MSL_BODY(...) ;  // a function's body, if it has one here
 #define MSL_INL static inline
 #else
-#define MSL_P 1
-#ifdef MSL_ERASE_AS
+#define MSL_RUN 1
 #define device
 #define threadgroup
 #define constant
-#else
-#define device __attribute__((opencl_global))
-#define threadgroup __attribute__((opencl_local))
-#define constant __attribute__((opencl_constant))
-#endif
 #define thread
 #define kernel
 #define MSL_BODY(...) {__VA_ARGS__}
 #define MSL_INL static inline __attribute__((always_inline))
 #endif
 #define METAL_FUNC inline __attribute__((always_inline))
-#define METAL_INTERNAL inline __attribute__((always_inline))
 // Where a simd operation or barrier is called: lanes meet if they wait at the same place.
-#define MSL_SITE int __line = __builtin_LINE(), int __column = __builtin_COLUMN()
-#define MSL_PASS __line, __column
+#ifdef MSL_RUN
+#define MSL_SITE int __line = __builtin_LINE(), int __column = __builtin_COLUMN(), const char *__file = __builtin_FILE()
+#else
+#define MSL_SITE int __line = 0, int __column = 0, int __file = 0
+#endif
+#define MSL_PASS __line, __column, __file
 
 // Scalars and constants
 typedef unsigned char uchar;
@@ -60,7 +56,7 @@ typedef unsigned long uint64_t;
 typedef unsigned long size_t;
 typedef long ptrdiff_t;
 typedef unsigned long uintptr_t;
-#ifdef MSL_P
+#ifdef MSL_RUN
 typedef _Float16 half;
 constexpr half operator""h(long double x) { return (half)x; }
 #endif

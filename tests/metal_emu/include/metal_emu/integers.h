@@ -3,7 +3,6 @@
 #include "math.h"
 
 namespace metal {
-// integer
 #define MSL_I2(name, T, ...)                  \
   MSL_INL T name(T x, T y) MSL_E(__VA_ARGS__) \
   MSL_VEC2(name, T)
@@ -42,7 +41,7 @@ namespace metal {
            }                                                                                                          \
            (T) r;                                                                                                     \
          }))
-#ifdef MSL_Q
+#ifdef MSL_CHECK
 #undef MSL_I1
 #define MSL_I1(name, T, ...) \
   MSL_INL T name(T x);       \
@@ -66,14 +65,14 @@ MSL_INL long abs(long x) MSL_E(x < 0 ? -x : x)
 MSL_INL ulong abs(ulong x) MSL_E(x)
 MSL_INL int mulhi(int x, int y) MSL_E((int)(((long)x * (long)y) >> 32))
 MSL_INL uint mulhi(uint x, uint y) MSL_E((uint)(((ulong)x * (ulong)y) >> 32))
-MSL_INL int mad24(int x, int y, int z) MSL_E(x* y + z)
-MSL_INL uint mad24(uint x, uint y, uint z) MSL_E(x* y + z)
-MSL_INL int mul24(int x, int y) MSL_E(x* y)
-MSL_INL uint mul24(uint x, uint y) MSL_E(x* y)
+MSL_INL int mad24(int x, int y, int z) MSL_E((x * y) + z)
+MSL_INL uint mad24(uint x, uint y, uint z) MSL_E((x * y) + z)
+MSL_INL int mul24(int x, int y) MSL_E((x * y))
+MSL_INL uint mul24(uint x, uint y) MSL_E((x * y))
 
-// relational: scalar condition, or an integer mask vector (result of a < b on vectors)
+// The condition is a bool, or a mask: what a < b gives for vectors.
 template <class T> MSL_INL T select(T a, T b, bool c) MSL_BODY(return c ? b : a;)
-#ifdef MSL_P
+#ifdef MSL_RUN
 template <class T, class M, int N> METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<M, N> c) {
   vec<T, N> r;
   for (int i = 0; i < N; i++) r[i] = c[i] ? b[i] : a[i];
@@ -96,8 +95,7 @@ template <class M, int N> bool all(vec<M, N> c);
 #endif
 MSL_INL bool any(bool c) MSL_E(c)
 MSL_INL bool all(bool c) MSL_E(c)
-// packing
-#ifdef MSL_P
+#ifdef MSL_RUN
 METAL_FUNC uint pack_float_to_unorm4x8(float4 x) {
   uint r = 0;
   for (int i = 0; i < 4; i++) r |= (uint)__builtin_rintf(clamp(x[i], 0.0f, 1.0f) * 255.0f) << (8 * i);

@@ -3,7 +3,6 @@
 #include "simdgroup.h"
 
 namespace metal {
-// builtins that MLX's own headers reach for (bf16_math.h)
 #define MSL_B1(n) template <class T> METAL_FUNC T __metal_##n(T x, int) MSL_BODY(return n(x);)
 #define MSL_B2(n) template <class T> METAL_FUNC T __metal_##n(T x, T y, int) MSL_BODY(return n(x, y);)
 #define MSL_B3(n) template <class T> METAL_FUNC T __metal_##n(T x, T y, T z, int) MSL_BODY(return n(x, y, z);)
@@ -57,6 +56,6 @@ struct os_log {
   template <class... A> void log_debug(const constant char*, A...) const {}
 };
 }  // namespace metal
-#ifdef MSL_P
+#ifdef MSL_RUN
 #define assert(x) ((void)0)
 #endif

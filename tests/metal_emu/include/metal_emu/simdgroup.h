@@ -32,13 +32,15 @@ MSL_T(int)
 MSL_T(uint)
 #undef MSL_T
 #define MSL_SIMD_T class T, class = enable_if_t<__simd_element<typename __vector<T>::e>::value>
-#ifdef MSL_P
-template <class T> METAL_FUNC T __exchange(T value, int lane, EmuShuffle shuffle, int line, int column) {
-  emu_exchange(&value, sizeof(T), lane, shuffle, line, column);
+#ifdef MSL_RUN
+template <class T>
+METAL_FUNC T __exchange(T value, int lane, EmuShuffle shuffle, int line, int column, const char* file) {
+  emu_exchange(&value, sizeof(T), lane, shuffle, line, column, file);
   return value;
 }
-template <class T> METAL_FUNC T __reduce(T value, void (*combine)(const void*, void*, unsigned), int line, int column) {
-  emu_reduce(&value, sizeof(T), combine, line, column);
+template <class T>
+METAL_FUNC T __reduce(T value, void (*combine)(const void*, void*, unsigned), int line, int column, const char* file) {
+  emu_reduce(&value, sizeof(T), combine, line, column, file);
   return value;
 }
 
@@ -152,7 +154,7 @@ class simd_vote {
  private:
   vote_t v_;
 };
-#ifdef MSL_P
+#ifdef MSL_RUN
 struct __Vote {
   static void ballot(const void* in, void* out, unsigned mask) {
     uint votes = 0;

@@ -6,7 +6,7 @@ namespace metal {
 template <class T, int Columns = 8, int Rows = 8> struct simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "only 8x8");
   vec<T, 2> __elements;
-#ifdef MSL_P
+#ifdef MSL_RUN
   simdgroup_matrix() {}
   explicit simdgroup_matrix(T diagonal) {
     int row, column;
@@ -31,7 +31,7 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-#ifdef MSL_P
+#ifdef MSL_RUN
 template <class T, class P> METAL_FUNC void simdgroup_load(simdgroup_matrix<T>& d, P* from, ulong stride = 8,
                                                            vec<ulong, 2> at = 0, bool flip = false) {
   int row, column;

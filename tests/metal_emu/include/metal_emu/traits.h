@@ -86,7 +86,7 @@ template <class T> struct is_trivial : bool_constant<__is_trivially_copyable(T)>
 template <class T> struct remove_addrspace {
   typedef T type;
 };
-#ifndef MSL_ERASE_AS
+#ifdef MSL_CHECK
 template <class T> struct remove_addrspace<device T> {
   typedef T type;
 };
@@ -103,7 +103,7 @@ template <class T> struct add_const {
 };
 template <class T, size_t N> struct array {
   T __a[N];
-#ifdef MSL_P
+#ifdef MSL_RUN
   constexpr T& operator[](size_t i) { return __a[i]; }
   constexpr const T& operator[](size_t i) const { return __a[i]; }
 #else

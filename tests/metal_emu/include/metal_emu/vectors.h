@@ -27,11 +27,11 @@ MSL_V(ulong)
 MSL_V(half)
 MSL_V(float)
 MSL_V(bfloat)
-#ifdef MSL_P
+#ifdef MSL_RUN
 MSL_V(bool)
 #endif
 #undef MSL_V
-#ifdef MSL_P
+#ifdef MSL_RUN
 template <class T, class V, bool isv = (__vector<V>::n > 1)> struct __append {
   static inline __attribute__((always_inline)) void put(T* o, int& k, V v) { o[k++] = (T)v; }
 };
@@ -66,11 +66,11 @@ template <class A, class... B> struct __components<A, B...> {
 };
 template <class T, int N, class... A,
           class = enable_if_t<__components<A...>::n == N || (__components<A...>::n == 1 && sizeof...(A) == 1) ||
-                              sizeof...(A) == 0> >
+                              sizeof...(A) == 0>>
 vec<T, N> __make_vector(A... a);
 #endif
 }  // namespace metal
-// MSL puts scalar and vector type names at global scope too
+// Their names are known outside of metal:: too.
 using metal::vec;
 #define MSL_V(T)     \
   using metal::T##2; \
@@ -87,7 +87,7 @@ MSL_V(ulong)
 MSL_V(half)
 MSL_V(float)
 MSL_V(bfloat)
-#ifdef MSL_P
+#ifdef MSL_RUN
 MSL_V(bool)
 #endif
 #undef MSL_V
@@ -126,10 +126,10 @@ MSL_V(bool)
 #define bfloat3(...) (::metal::__make_vector<bfloat, 3>(__VA_ARGS__))
 #define bfloat4(...) (::metal::__make_vector<bfloat, 4>(__VA_ARGS__))
 
-// as_type<To>(from): bit cast, sizes must agree (float3 etc. count as 16 bytes)
+// The same bits as another type of the same size; a vector of three has the size of four.
 template <class To, class From> METAL_FUNC To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_type: operand and result sizes differ");
-#ifdef MSL_P
+#ifdef MSL_RUN
   return __builtin_bit_cast(To, x);
 #else
   return *(__private To*)(__private void*)&x;
