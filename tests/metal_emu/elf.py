@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-_SYMBOL_TABLE, _LOADED = 2, 1
+_SYMBOL_TABLE, _LOADED, _ALLOCATED = 2, 1, 2
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,12 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Elf:
-    """``sections``: name -> (number, address, size); ``end``: one past the last address, all from the base."""
+    """``sections``: name -> (number, address, size); ``unloaded``: name -> (number, offset in the file, size);
+    ``end``: one past the last address. Addresses count from the base.
+    """
 
     sections: dict[str, tuple[int, int, int]]
+    unloaded: dict[str, tuple[int, int, int]]
     symbols: list[Symbol]
     end: int
 
@@ -45,5 +48,7 @@ def read_elf(path: Path) -> Elf:
             for at in range(header[4], header[4] + header[5], 24):
                 name, _, _, section, address, size = struct.unpack_from("<IBBHQQ", data, at)
                 symbols.append(Symbol(text(headers[header[6]][4] + name), address, size, section))
-    sections = {text(headers[names][4] + h[0]): (i, h[3], h[5]) for i, h in enumerate(headers)}
-    return Elf(sections, symbols, max(s[3] + s[6] for s in segments if s[0] == _LOADED))
+    named = [(text(headers[names][4] + h[0]), i, h) for i, h in enumerate(headers)]
+    sections = {name: (i, h[3], h[5]) for name, i, h in named if h[2] & _ALLOCATED}
+    unloaded = {name: (i, h[4], h[5]) for name, i, h in named if not h[2] & _ALLOCATED}
+    return Elf(sections, unloaded, symbols, max(s[3] + s[6] for s in segments if s[0] == _LOADED))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from ctypes import POINTER, Structure, c_char, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +14,7 @@ import numpy as np
 from .build import runtime
 from .elf import read_elf
 from .errors import Report
+from .lines import source_lines
 from .sources import ENTRY
 
 KINDS = {
@@ -178,7 +177,7 @@ def execute(kernel: Loaded, name: str, arguments: list[Argument], grid, threadgr
 
 
 def _reports(kernel: Loaded, name: str, buffers: list[str], reports: list[_Report]) -> list[Report]:
-    lines = _source_lines(kernel.path, {pc for r in reports for pc in (r.pc, r.other_pc) if pc})
+    lines = source_lines(kernel.path, {pc for r in reports for pc in (r.pc, r.other_pc) if pc})
 
     def place(pc: int, line: int, column: int) -> str:
         file = (f"{name}.metal", f"{name}.header", "library header")[line >> 24]
@@ -196,22 +195,4 @@ def _reports(kernel: Loaded, name: str, buffers: list[str], reports: list[_Repor
         if r.other_pc or r.other_line:
             text += f"; other: thread {r.other} at {place(r.other_pc, r.other_line, r.other_column)}"
         out.append(Report(KINDS[r.kind], text + ")"))
-    return out
-
-
-def _source_lines(path: Path, pcs: set[int]) -> dict[int, str]:
-    """pc -> "name.metal:line", from the first of addr2line and llvm-symbolizer there is; without one, nothing."""
-    tool = shutil.which("addr2line") or shutil.which("llvm-addr2line") or shutil.which("llvm-symbolizer")
-    if not pcs or not tool:
-        return {}
-    # A call returns to the instruction after it, so the byte before is in the call.
-    asked = [hex(pc - 1) for pc in sorted(pcs)]
-    style = ["--output-style=GNU", "--functions=none"] if tool.endswith("symbolizer") else []
-    done = subprocess.run([tool, *style, "-a", "-i", "-e", str(path), *asked], capture_output=True, text=True)
-    out, pc = {}, 0
-    for line in done.stdout.splitlines():
-        if re.fullmatch(r"0x[0-9a-f]+", line):
-            pc = int(line, 16) + 1
-        elif pc not in out and re.search(r"\.(metal|header):\d", line):  # the innermost that is the user's own
-            out[pc] = line.rsplit("/", 1)[-1].split(" ")[0]
     return out

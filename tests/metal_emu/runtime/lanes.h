@@ -87,17 +87,10 @@ static void resolve(int simdgroup, u32 mask) {
   group.waiting -= __builtin_popcount(mask);
 }
 
-// A place's line tells its file in its top bits: 0 the body, 1 the kernel's header, 2 a library header.
-static int file_mark(const char* file) {
-  while (file[1]) file++;
-  return (*file == 'r') << 24 | (*file == 'h') << 25;
-}
-
 static void wait_at(State state, int line, int column, const char* file) {
   Fiber* me = current;
   me->state = state;
-  me->line = line |= file_mark(file);
-  me->column = column;
+  emu_place(line, column, file);
   int simdgroup = me->simdgroup();
   Simdgroup& group = simdgroups[simdgroup];
   // The last lane to arrive does the work for all, if all wait at this very call.

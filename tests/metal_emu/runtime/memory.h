@@ -195,10 +195,12 @@ static void check_access(void* pointer, unsigned bytes, bool writes, bool aligne
   }
 }
 
-extern "C" void emu_atomic(const volatile void* pointer, unsigned bytes, int reads) {
+extern "C" void emu_atomic(const volatile void* pointer, unsigned bytes, int reads, int line, int column,
+                           const char* file) {
   if (!run->checked || is_private((uptr)pointer)) return;
   uptr address = (uptr)pointer;
   const void* pc = __builtin_return_address(0);
+  emu_place(line, column, file);
   Region* region = find_region(address);
   if (!region || address + bytes > region->hi) report_out_of_bounds(address, bytes, true, pc);
   if (!region->cells) return;

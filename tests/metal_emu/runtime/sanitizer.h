@@ -1,6 +1,5 @@
 // What the compiler calls in a checked build: before each access (-fsanitize=thread) and at undefined behaviour.
 #pragma once
-#include "lanes.h"
 #include "memory.h"
 
 #define PC __builtin_return_address(0)

@@ -26,26 +26,27 @@ typedef atomic<float> atomic_float;
 #ifdef MSL_RUN
 // The checker is told of the whole operation, not of its parts.
 #define MSL_ATOMIC __attribute__((no_sanitize("thread"), noinline))
-#define MSL_TELL(reads) emu_atomic((const volatile void*)p, sizeof(p->__value), reads)
-template <class P> MSL_ATOMIC typename P::value_type atomic_load_explicit(P* p, memory_order) {
+#define MSL_TELL(reads) emu_atomic((const volatile void*)p, sizeof(p->__value), reads, MSL_PASS)
+template <class P> MSL_ATOMIC typename P::value_type atomic_load_explicit(P* p, memory_order, MSL_SITE) {
   MSL_TELL(1);
   return p->__value;
 }
-template <class P, class U> MSL_ATOMIC void atomic_store_explicit(P* p, U value, memory_order) {
+template <class P, class U> MSL_ATOMIC void atomic_store_explicit(P* p, U value, memory_order, MSL_SITE) {
   MSL_TELL(0);
   p->__value = value;
 }
 // o is the old value, v the operand
-#define MSL_RMW(name, ...)                                                                          \
-  template <class P, class U> MSL_ATOMIC typename P::value_type name(P* p, U value, memory_order) { \
-    MSL_TELL(1);                                                                                    \
-    typename P::value_type o = p->__value, v = (typename P::value_type)value;                       \
-    (void)v;                                                                                        \
-    p->__value = __VA_ARGS__;                                                                       \
-    return o;                                                                                       \
+#define MSL_RMW(name, ...)                                                                                    \
+  template <class P, class U> MSL_ATOMIC typename P::value_type name(P* p, U value, memory_order, MSL_SITE) { \
+    MSL_TELL(1);                                                                                              \
+    typename P::value_type o = p->__value, v = (typename P::value_type)value;                                 \
+    (void)v;                                                                                                  \
+    p->__value = __VA_ARGS__;                                                                                 \
+    return o;                                                                                                 \
   }
-template <class P, class U>
-MSL_ATOMIC bool atomic_compare_exchange_weak_explicit(P* p, thread U* expected, U value, memory_order, memory_order) {
+template <class P, class U> MSL_ATOMIC bool atomic_compare_exchange_weak_explicit(P* p, thread U* expected, U value,
+                                                                                  memory_order, memory_order,
+                                                                                  MSL_SITE) {
   MSL_TELL(1);
   bool equal = p->__value == *expected;
   if (equal)

@@ -25,7 +25,9 @@ void emu_reduce(void* value, unsigned size, void (*combine)(const void*, void*, 
 void emu_threadgroup_barrier(int flags, int line, int column, const char* file);
 void emu_simdgroup_barrier(int flags, int line, int column, const char* file);
 unsigned emu_lane(void);
+// Says which call of a library function the accesses that follow belong to.
+void emu_place(int line, int column, const char* file);
 // Called before an atomic operation; `reads` is 0 for a plain store.
-void emu_atomic(const volatile void* address, unsigned size, int reads);
+void emu_atomic(const volatile void* address, unsigned size, int reads, int line, int column, const char* file);
 }
 #endif

@@ -33,7 +33,8 @@ typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
 #ifdef MSL_RUN
 template <class T, class P> METAL_FUNC void simdgroup_load(simdgroup_matrix<T>& d, P* from, ulong stride = 8,
-                                                           vec<ulong, 2> at = 0, bool flip = false) {
+                                                           vec<ulong, 2> at = 0, bool flip = false, MSL_SITE) {
+  emu_place(MSL_PASS);
   int row, column;
   d.__place((int)emu_lane(), row, column);
   for (int i = 0; i < 2; i++) {
@@ -42,7 +43,8 @@ template <class T, class P> METAL_FUNC void simdgroup_load(simdgroup_matrix<T>& 
   }
 }
 template <class T, class P> METAL_FUNC void simdgroup_store(simdgroup_matrix<T> d, P* to, ulong stride = 8,
-                                                            vec<ulong, 2> at = 0, bool flip = false) {
+                                                            vec<ulong, 2> at = 0, bool flip = false, MSL_SITE) {
+  emu_place(MSL_PASS);
   int row, column;
   d.__place((int)emu_lane(), row, column);
   for (int i = 0; i < 2; i++) {
