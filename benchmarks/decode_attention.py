@@ -172,7 +172,7 @@ def main() -> None:
         H, Hkv, D = map(int, heads.split("x"))
         for case in args.cases.split(","):
             B, tokens = map(int, case.split("x"))
-            layers = max(4, min(32, (1 << 28) // (B * Hkv * tokens * D)))
+            layers = 16 if B * Hkv * tokens * D > 1 << 24 else 32
             queries = mx.random.normal((B, H, 1, D)).astype(mx.float16)
             table = contestants(args.schemes.split(","), B, H, Hkv, D, tokens, layers, backend)
             times = measure(table, queries, layers, args.repeats)

@@ -13,7 +13,7 @@
 //   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   lengths    (B, 4) int32                valid rows of: sinks, packed, tail; the fourth is not used
-//   sizes      int32: H, Hkv, L, cap, tcap, S, packed splits, raw splits or simdgroups, mask strides of B, H, L
+//   sizes      int32: cap, tcap, S, packed splits, raw splits or simdgroups, mask strides of B, H, L
 //   factors    float32: the scale of the scores
 // Outputs
 //   out        two passes: (B * H * L, splits, D) float32, each split's weighted sum of values, not yet divided;
@@ -21,7 +21,7 @@
 //   out_ml     two passes: (B * H * L, splits, 2) float32, largest score in units of log 2, sum of weights;
 //              single pass: (8,) zeros
 // Template constants
-//   T, O (dtype of out), D, BLOCK (tokens per centre), KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
+//   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
 //   1 boolean, 2 added), CAUSAL (query l sees tokens up to length - L + l), LOGITS, SINGLE, RC (query rows of a
 //   threadgroup, a power of two), KD and VD (elements of a key and of a value that one lane reads), NSG (simdgroups)
 // Grid
@@ -174,16 +174,36 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   at.vkey = at.lane / VL;
   at.hx = at.ksub / (KL / RC);
 
-  uint H = uint(sizes[0]), Hkv = uint(sizes[1]), L = uint(sizes[2]);
-  uint rows = H / Hkv * L;  // query rows of a KV head
-  uint chunks = (rows + RC - 1) / RC;
+  constexpr uint rows = G * L;  // query rows of a KV head
+  constexpr uint chunks = (rows + RC - 1) / RC;
   uint b = threadgroup_position_in_grid.z;
   uint kvh = threadgroup_position_in_grid.y / chunks;
   uint row0 = threadgroup_position_in_grid.y % chunks * RC;
   uint split = threadgroup_position_in_grid.x;
-  ulong head = ulong(b) * Hkv + kvh;
+  ulong head = ulong(b) * HKV + kvh;
   uint sinks = uint(lengths[4 * b]), packed = uint(lengths[4 * b + 1]), tail = uint(lengths[4 * b + 2]);
   uint raw = sinks + tail, tokens = raw + packed;
+
+  // This simdgroup's share: worker `worker` of `workers`, of the packed or of the raw tiles.
+  uint raw_share = uint(sizes[4]);
+  uint packed_workers = SINGLE ? NSG - raw_share : uint(sizes[3]) * NSG;
+  uint worker = SINGLE ? sg : split * NSG + sg;
+  bool on_raw = worker >= packed_workers;
+  uint workers = on_raw ? raw_share * (SINGLE ? 1 : NSG) : packed_workers;
+  if (on_raw) { worker -= packed_workers; }
+  uint tiles = on_raw ? (raw + TILE - 1) / TILE : packed / TILE;
+  uint tile = uint(ulong(tiles) * worker / workers), stop = uint(ulong(tiles) * (worker + 1) / workers);
+
+  uint kfirst = at.ksub * KD < uint(D) ? at.ksub * KD : 0;  // lanes beyond D read the first elements, times 0
+  uint vfirst = at.vsub * VD < uint(D) ? at.vsub * VD : 0;
+  // The first keys are on their way while the queries are prepared.
+  ulong base = head * ulong(sizes[0]);
+  const device uint* krows = (const device uint*)k_codes + base * KWORDS;
+  Run<T, KB, KD> k[QS];
+  if (!on_raw && tile < stop) {
+#pragma unroll
+    for (int i = 0; i < QS; i++) { k[i].load(krows + (tile * TILE + at.kkey * QS + i) * KWORDS, kfirst, D); }
+  }
 
   // Queries, times the scale: as they are for raw keys and centres, transformed for packed keys.
   float qscale = factors[0] * LOG2E;
@@ -204,18 +224,6 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   if (VB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_v[i % (VB == 8 ? 256 : 1)] = codebook_8[i]; } }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // This simdgroup's share: worker `worker` of `workers`, of the packed or of the raw tiles.
-  uint raw_share = uint(sizes[7]);
-  uint packed_workers = SINGLE ? NSG - raw_share : uint(sizes[6]) * NSG;
-  uint worker = SINGLE ? sg : split * NSG + sg;
-  bool on_raw = worker >= packed_workers;
-  uint workers = on_raw ? raw_share * (SINGLE ? 1 : NSG) : packed_workers;
-  if (on_raw) { worker -= packed_workers; }
-  uint tiles = on_raw ? (raw + TILE - 1) / TILE : packed / TILE;
-  uint tile = uint(ulong(tiles) * worker / workers), stop = uint(ulong(tiles) * (worker + 1) / workers);
-
-  uint kfirst = at.ksub * KD < uint(D) ? at.ksub * KD : 0;  // lanes beyond D read the first elements, times 0
-  uint vfirst = at.vsub * VD < uint(D) ? at.vsub * VD : 0;
   float qv[RC][KD];
 #pragma unroll
   for (int j = 0; j < RC; j++) {
@@ -235,16 +243,14 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   // Row hx as a query: what it may see.
   uint my_row = row0 + at.hx < rows ? row0 + at.hx : rows - 1;
   uint query = my_row % L;
-  uint last = CAUSAL ? tokens - L + query : 0xffffffffu;
-  ulong mask_row = ulong(b) * ulong(sizes[8]) + ulong(kvh * (H / Hkv) + my_row / L) * ulong(sizes[9]) +
-                   ulong(query) * ulong(sizes[10]);
+  uint last = CAUSAL ? tokens - uint(L) + query : 0xffffffffu;
+  ulong mask_row = ulong(b) * ulong(sizes[5]) + ulong(kvh * G + my_row / L) * ulong(sizes[6]) +
+                   ulong(query) * ulong(sizes[7]);
 
   if (!on_raw) {
     constexpr int KTABLE = KB == 0 || KB == 8 ? 1 : 1 << KB, VTABLE = VB == 0 || VB == 8 ? 1 : 1 << VB;
     float ktable = KB == 2 ? codebook_2[at.lane % KTABLE % 4] : KB == 3 ? codebook_3[at.lane % KTABLE % 8] : codebook_4[at.lane % KTABLE % 16];
     float vtable = VB == 2 ? codebook_2[at.lane % VTABLE % 4] : VB == 3 ? codebook_3[at.lane % VTABLE % 8] : codebook_4[at.lane % VTABLE % 16];
-    ulong base = head * ulong(sizes[3]);
-    const device uint* krows = (const device uint*)k_codes + base * KWORDS;
     const device uint* vrows = (const device uint*)v_codes + base * VWORDS;
     const device T* kscales = k_scales + base * KG + kfirst / KSPAN;
     const device T* vscales = v_scales + base * VG + vfirst / VSPAN;
@@ -252,11 +258,6 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     uint center_block = 0xffffffffu;
     float center_score = 0.0f;
 
-    Run<T, KB, KD> k[QS];
-    if (tile < stop) {
-#pragma unroll
-      for (int i = 0; i < QS; i++) { k[i].load(krows + (tile * TILE + at.kkey * QS + i) * KWORDS, kfirst, D); }
-    }
     for (; tile < stop; tile++) {
       uint token = tile * TILE + at.kkey * QS;  // the lane's first key
       Run<T, VB, VD> v[VS];
@@ -329,10 +330,10 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   } else {
-    const device uint* first_k = (const device uint*)sink_k + head * ulong(sizes[5]) * RAW_WORDS;
-    const device uint* first_v = (const device uint*)sink_v + head * ulong(sizes[5]) * RAW_WORDS;
-    const device uint* newest_k = (const device uint*)tail_k + head * ulong(sizes[4]) * RAW_WORDS;
-    const device uint* newest_v = (const device uint*)tail_v + head * ulong(sizes[4]) * RAW_WORDS;
+    const device uint* first_k = (const device uint*)sink_k + head * ulong(sizes[2]) * RAW_WORDS;
+    const device uint* first_v = (const device uint*)sink_v + head * ulong(sizes[2]) * RAW_WORDS;
+    const device uint* newest_k = (const device uint*)tail_k + head * ulong(sizes[1]) * RAW_WORDS;
+    const device uint* newest_v = (const device uint*)tail_v + head * ulong(sizes[1]) * RAW_WORDS;
     float one[QS];
 #pragma unroll
     for (int i = 0; i < QS; i++) { one[i] = 1.0f; }
@@ -410,7 +411,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     for (uint s = 0; s < uint(NSG); s++) { top = max(top, tops[s * RC + r]); }
     float logit = 0.0f;
     if (SINGLE && LOGITS) {
-      logit = float(logits[kvh * (H / Hkv) + (row0 + r) / L]) * LOG2E;
+      logit = float(logits[kvh * G + (row0 + r) / L]) * LOG2E;
       top = max(top, logit);
     }
     float total = SINGLE && LOGITS ? fast::exp2(logit - top) : 0.0f;

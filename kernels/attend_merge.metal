@@ -5,10 +5,10 @@
 //   tops     (B * H * L, splits, 2) float32   largest score in units of log 2, sum of weights
 //   signs    (D,) float32, hartley (ODD * ODD,) float32: of the rotation, see rotation.h
 //   logits   (H,) float                       attention-sink logits, one more term of the sum; not read unless LOGITS
-//   sizes    int32: H, L, splits, raw splits
+//   sizes    int32: splits, raw splits
 // Output
 //   out      (B, H, L, D) T
-// Template constants: T, D, VB (0: packed values are raw, nothing to turn), LOGITS, NSG (simdgroups)
+// Template constants: T, D, H, L, VB (0: packed values are raw, nothing to turn), LOGITS, NSG (simdgroups)
 // Grid: x: B * H * L; 32 * NSG threads. Splits: at most 512.
 //
 // Simdgroup s adds every NSG-th split; the first then adds the simdgroups, turns the row back and divides.
@@ -26,15 +26,29 @@ constant constexpr int MAX_SPLITS = 512;
   uint sg = simdgroup_index_in_threadgroup;
   uint lane = thread_index_in_simdgroup;
   uint row = threadgroup_position_in_grid.x;
-  uint H = uint(sizes[0]), L = uint(sizes[1]), splits = uint(sizes[2]), packed = splits - uint(sizes[3]);
+  uint splits = uint(sizes[0]), packed = splits - uint(sizes[1]);
   const device float* row_tops = tops + ulong(row) * splits * 2;
+
+  // The first sums are on their way while the weights are computed.
+  constexpr int AHEAD = 4;
+  const device float* row_sums = sums + ulong(row) * splits * D;
+  float ahead[AHEAD][E];
+#pragma unroll
+  for (int k = 0; k < AHEAD; k++) {
+    uint s = sg + uint(k) * NSG;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      uint i = uint(e) * 32 + lane;
+      ahead[k][e] = s < splits && i < uint(D) ? row_sums[s * D + i] : 0.0f;
+    }
+  }
 
   float top = -1e30f;
   for (uint s = lane; s < splits; s += 32) { top = max(top, row_tops[2 * s]); }
   top = simd_max(top);
   float logit = 0.0f;
   if (LOGITS) {
-    logit = float(logits[row / L % H]) * LOG2E;
+    logit = float(logits[row / uint(L) % uint(H)]) * LOG2E;
     top = max(top, logit);
   }
   float total = 0.0f;
@@ -49,13 +63,21 @@ constant constexpr int MAX_SPLITS = 512;
 
   float sum[E], raw_sum[E];
   for (int e = 0; e < E; e++) { sum[e] = raw_sum[e] = 0.0f; }
-  for (uint s = sg; s < splits; s += NSG) {
-    const device float* at = sums + (ulong(row) * splits + s) * D;
+#pragma unroll
+  for (int k = 0; k < AHEAD; k++) {
+    uint s = sg + uint(k) * NSG;
+    float f = s < splits ? weights[s % MAX_SPLITS] : 0.0f;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (s < packed) { sum[e] += f * ahead[k][e]; } else { raw_sum[e] += f * ahead[k][e]; }
+    }
+  }
+  for (uint s = sg + AHEAD * NSG; s < splits; s += NSG) {
     float f = weights[s];
 #pragma unroll
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
-      float x = i < uint(D) ? f * at[i] : 0.0f;
+      float x = i < uint(D) ? f * row_sums[s * D + i] : 0.0f;
       if (s < packed) { sum[e] += x; } else { raw_sum[e] += x; }
     }
   }

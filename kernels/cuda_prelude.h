@@ -109,4 +109,5 @@ struct position {
 #define threadgroups_per_grid (metal::position(gridDim))
 #define thread_index_in_threadgroup (threadIdx.x)
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
-#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+// Through a shuffle, so that the compiler knows that it is the same in all lanes and branches on it do not diverge.
+#define simdgroup_index_in_threadgroup (__shfl_sync(TURBOQUANT_WARP, threadIdx.x >> 5, 0))

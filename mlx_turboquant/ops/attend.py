@@ -119,6 +119,9 @@ def attend(
         ("T", dtype),
         ("O", dtype if plan.single else mx.float32),
         ("D", D),
+        ("HKV", Hkv),
+        ("G", H // Hkv),
+        ("L", L),
         ("BLOCK", block),
         ("KB", keys.bits),
         ("VB", values.bits),
@@ -149,7 +152,7 @@ def attend(
         nothing if mask is None else mask,
         nothing if logits is None else logits,
         _ints(*(n for one in lengths for n in (*one, 0))),
-        _ints(*(H, Hkv, L, capacity, tails[0].shape[-2], sinks[0].shape[-2], plan.splits, plan.raw_splits, *strides)),
+        _ints(capacity, tails[0].shape[-2], sinks[0].shape[-2], plan.splits, plan.raw_splits, *strides),
         _floats(scale),
     )
 
@@ -176,8 +179,8 @@ def _runner(backend: str, plan: "_Plan", template: tuple, B: int, H: int, Hkv: i
             constants = dict(template)
             (out,) = _MERGE(
                 backend,
-                [out, tops, *inputs[11:13], inputs[14], _ints(H, L, splits, plan.raw_splits)],
-                template=[("T", dtype), *((n, constants[n]) for n in ("D", "VB", "LOGITS")), ("NSG", 8)],
+                [out, tops, *inputs[11:13], inputs[14], _ints(splits, plan.raw_splits)],
+                template=[("T", dtype), *((n, constants[n]) for n in ("D", "L", "VB", "LOGITS")), ("H", H), ("NSG", 8)],
                 groups=(rows, 1, 1),
                 threads=256,
                 output_shapes=[(B, H, L, D)],
