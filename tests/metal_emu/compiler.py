@@ -21,7 +21,7 @@ OLDEST_CLANG = 17  # C++ for OpenCL 2021 and __bf16 arithmetic
 _ARCH = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
 _CXX = ["-nostdinc", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-w", *_ARCH]
 _KERNEL = [
-    *("-x", "c++", "-std=c++14", *_CXX),
+    *("-x", "c++", "-std=c++14", *_CXX, "-fsigned-char"),
     # Metal's literals are float, its casts between pointers are free, and nothing is fused that is not written fused.
     *("-Xclang", "-cl-single-precision-constant", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off"),
     # Private arrays that are too large meet the guard page below the stack, not a neighbour's stack.
@@ -43,6 +43,7 @@ RUNTIME = ["-x", "c++", "-std=c++17", *_CXX, "-O2"]
 _OFF = ("__opencl_c_program_scope_global_variables", "cl_khr_fp64", "__opencl_c_fp64", "__opencl_c_pipes")
 _CL_EXT = ",".join([*("-" + name for name in _OFF), "-__opencl_c_device_enqueue", "+cl_khr_fp16"])
 TYPECHECK = [
+    "--target=x86_64-unknown-linux-gnu",  # whatever this machine is: nothing is built, and the answers are the same
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", "-Xclang", "-cl-ext=" + _CL_EXT),
     *("-Wno-unknown-attributes", "-Wno-undefined-internal", "-Wno-undefined-inline", "-Wno-user-defined-literals"),
     *("-Wuninitialized", "-Wsometimes-uninitialized", "-Wconditional-uninitialized", "-Wreturn-type", "-Wno-unused"),

@@ -237,6 +237,21 @@ static void run_grid(Cell* threadgroup_cells, size_t cell_bytes) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------ denormals
+#if defined(__x86_64__)
+static const u64 FLUSH_DENORMALS = 0x8040;
+static u64 get_float_mode() { return __builtin_ia32_stmxcsr(); }
+static void set_float_mode(u64 mode) { __builtin_ia32_ldmxcsr((u32)mode); }
+#else
+static const u64 FLUSH_DENORMALS = 1 << 24;
+static u64 get_float_mode() {
+  u64 mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+static void set_float_mode(u64 mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#endif
+
 extern "C" void emu_run(Run* asked) {
   run = asked;
   current = nullptr;
@@ -255,14 +270,10 @@ extern "C" void emu_run(Run* asked) {
   Array<Cell> threadgroup_cells(run->checked ? threadgroup_bytes : 0);
   watch_image(threadgroup_cells.items);
   catch_crashes();
-#if defined(__x86_64__)
-  unsigned float_mode = __builtin_ia32_stmxcsr();
-  if (run->flush_denormals) __builtin_ia32_ldmxcsr(float_mode | 0x8040);
-#endif
+  u64 float_mode = get_float_mode();
+  if (run->flush_denormals) set_float_mode(float_mode | FLUSH_DENORMALS);
   run_grid(run->checked ? threadgroup_cells.items : nullptr, threadgroup_bytes * sizeof(Cell));
-#if defined(__x86_64__)
-  __builtin_ia32_ldmxcsr(float_mode);
-#endif
+  set_float_mode(float_mode);
   release_crashes();
   current = nullptr;
   for (int i = 0; i < run->n_buffers; i++) copy_out(run->buffers[i], copies[i], i);
