@@ -9,17 +9,14 @@
 //   sink_k, sink_v  (B, Hkv, S, D) T       the first tokens
 //   tail_k, tail_v  (B, Hkv, tcap, D) T    the newest tokens
 //   balance    (B, Hkv, D) float32         keys were multiplied with it; not read unless BALANCE
-//   signs      (D,) float32, hartley (ODD * ODD,) float32: of the rotation, see rotation.h
+//   table      float32: the scale of the scores, 7 unused; the rotation's signs (D,) and Hartley matrix, see rotation.h
 //   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
-//   lengths    (B, 4) int32                valid rows of: sinks, packed, tail; the fourth is not used
-//   sizes      int32: cap, tcap, S, packed splits, raw splits or simdgroups, mask strides of B, H, L
-//   factors    float32: the scale of the scores
-// Outputs
-//   out        two passes: (B * H * L, splits, D) float32, each split's weighted sum of values, not yet divided;
-//              single pass: (B, H, L, D) T
-//   out_ml     two passes: (B * H * L, splits, 2) float32, largest score in units of log 2, sum of weights;
-//              single pass: (8,) zeros
+//   sizes      int32: cap, tcap, S, packed splits, raw splits (in a single pass: simdgroups), mask strides of B, H, L;
+//              then for each sequence its valid rows of sinks, packed rows and tail, and 0
+// Output
+//   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
+//              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T
 // Template constants
 //   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
 //   1 boolean, 2 added), CAUSAL (query l sees tokens up to length - L + l), LOGITS, SINGLE, RC (query rows of a
@@ -181,7 +178,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   uint row0 = threadgroup_position_in_grid.y % chunks * RC;
   uint split = threadgroup_position_in_grid.x;
   ulong head = ulong(b) * HKV + kvh;
-  uint sinks = uint(lengths[4 * b]), packed = uint(lengths[4 * b + 1]), tail = uint(lengths[4 * b + 2]);
+  uint sinks = uint(sizes[8 + 4 * b]), packed = uint(sizes[9 + 4 * b]), tail = uint(sizes[10 + 4 * b]);
   uint raw = sinks + tail, tokens = raw + packed;
 
   // This simdgroup's share: worker `worker` of `workers`, of the packed or of the raw tiles.
@@ -206,7 +203,9 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   }
 
   // Queries, times the scale: as they are for raw keys and centres, transformed for packed keys.
-  float qscale = factors[0] * LOG2E;
+  const device float* signs = table + 8;
+  const device float* hartley = signs + D;
+  float qscale = table[0] * LOG2E;
   for (uint r = sg; r < uint(RC); r += NSG) {
     float x[E];
     for (int e = 0; e < E; e++) {
@@ -403,7 +402,6 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  if (SINGLE && tid < 8 && kvh + row0 + b == 0) { out_ml[tid] = 0.0f; }  // not used, and not left unwritten
   // One simdgroup per query row.
   for (uint r = sg; r < uint(RC); r += NSG) {
     if (row0 + r >= rows) { break; }
@@ -437,14 +435,14 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         }
       }
     } else {
-      row = row * threadgroups_per_grid.x + split;
+      row = (row * threadgroups_per_grid.x + split) * (D + 2);
       for (int e = 0; e < E; e++) {
         uint i = uint(e) * 32 + at.lane;
-        if (i < uint(D)) { out[row * D + i] = O(sum[e]); }
+        if (i < uint(D)) { out[row + i] = O(sum[e]); }
       }
       if (at.lane == 0) {
-        out_ml[row * 2] = top;
-        out_ml[row * 2 + 1] = total;
+        out[row + D] = O(top);
+        out[row + D + 1] = O(total);
       }
     }
   }

@@ -1,9 +1,9 @@
 // The second pass of attention: merge the splits of kernels/attend.metal and turn the sum of packed values back.
 //
 // Inputs
-//   sums     (B * H * L, splits, D) float32   each split's weighted sum; the last `raw` splits are not rotated
-//   tops     (B * H * L, splits, 2) float32   largest score in units of log 2, sum of weights
-//   signs    (D,) float32, hartley (ODD * ODD,) float32: of the rotation, see rotation.h
+//   sums     (B * H * L, splits, D + 2) float32   each split's weighted sum (the last `raw` splits' are not rotated),
+//            largest score in units of log 2, sum of weights
+//   table    float32: as in attend.metal
 //   logits   (H,) float                       attention-sink logits, one more term of the sum; not read unless LOGITS
 //   sizes    int32: splits, raw splits
 // Output
@@ -27,11 +27,12 @@ constant constexpr int MAX_SPLITS = 512;
   uint lane = thread_index_in_simdgroup;
   uint row = threadgroup_position_in_grid.x;
   uint splits = uint(sizes[0]), packed = splits - uint(sizes[1]);
-  const device float* row_tops = tops + ulong(row) * splits * 2;
+  const device float* signs = table + 8;
+  const device float* hartley = signs + D;
+  const device float* row_sums = sums + ulong(row) * splits * (D + 2);
 
   // The first sums are on their way while the weights are computed.
   constexpr int AHEAD = 4;
-  const device float* row_sums = sums + ulong(row) * splits * D;
   float ahead[AHEAD][E];
 #pragma unroll
   for (int k = 0; k < AHEAD; k++) {
@@ -39,12 +40,12 @@ constant constexpr int MAX_SPLITS = 512;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
-      ahead[k][e] = s < splits && i < uint(D) ? row_sums[s * D + i] : 0.0f;
+      ahead[k][e] = s < splits && i < uint(D) ? row_sums[s * (D + 2) + i] : 0.0f;
     }
   }
 
   float top = -1e30f;
-  for (uint s = lane; s < splits; s += 32) { top = max(top, row_tops[2 * s]); }
+  for (uint s = lane; s < splits; s += 32) { top = max(top, row_sums[s * (D + 2) + D]); }
   top = simd_max(top);
   float logit = 0.0f;
   if (LOGITS) {
@@ -53,9 +54,9 @@ constant constexpr int MAX_SPLITS = 512;
   }
   float total = 0.0f;
   for (uint s = tid; s < splits; s += 32 * NSG) {
-    float f = fast::exp2(row_tops[2 * s] - top);
+    float f = fast::exp2(row_sums[s * (D + 2) + D] - top);
     weights[s] = f;
-    total += f * row_tops[2 * s + 1];
+    total += f * row_sums[s * (D + 2) + D + 1];
   }
   total = simd_sum(total);
   if (lane == 0) { totals[sg] = total; }
@@ -77,7 +78,7 @@ constant constexpr int MAX_SPLITS = 512;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
-      float x = i < uint(D) ? f * row_sums[s * D + i] : 0.0f;
+      float x = i < uint(D) ? f * row_sums[s * (D + 2) + i] : 0.0f;
       if (s < packed) { sum[e] += x; } else { raw_sum[e] += x; }
     }
   }

@@ -12,25 +12,21 @@ from mlx_turboquant.tensor import PackedTensor
 MAX_QUERIES = 8
 MAX_SPLITS = 512  # of attend_merge.metal
 TILE = 16  # tokens that one simdgroup takes at a time
-# Threadgroups to aim at. H200 (132 multiprocessors): see benchmarks/LOG.md. Apple GPUs have 8 to 80 cores and were not
-# measured: enough for the largest.
-_THREADGROUPS = {"cuda": 528, "metal": 320}
+# Threadgroups to aim at. H200: three fit on each of 132 multiprocessors, and one wave of them beats any other count by
+# 10 to 25%. Apple GPUs have 8 to 80 cores and were not measured: enough for the largest.
+_THREADGROUPS = {"cuda": 396, "metal": 320}
 _SIMDGROUPS = 4
 # Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
 _SINGLE_PASS_TILES = 64
 _SINGLE_PASS_SIMDGROUPS = 8
 
 _HEADERS = ("codebooks.h", "codes.h", "rotation.h")
-_ATTEND = Kernel(
-    "attend",
-    (
-        *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
-        *("balance", "signs", "hartley", "mask", "logits", "lengths", "sizes", "factors"),
-    ),
-    ("out", "out_ml"),
-    _HEADERS,
+_INPUTS = (
+    *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
+    *("balance", "mask", "logits", "table", "sizes"),
 )
-_MERGE = Kernel("attend_merge", ("sums", "tops", "signs", "hartley", "logits", "sizes"), ("out",), ("rotation.h",))
+_ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
+_MERGE = Kernel("attend_merge", ("sums", "logits", "table", "sizes"), ("out",), ("rotation.h",))
 
 
 class StoredSide(NamedTuple):
@@ -101,94 +97,135 @@ def attend(
     Scratch memory of the second form: B * H * L * splits * (D + 2) float32, splits at most 512.
     """
     B, H, L, D = queries.shape
-    Hkv, capacity = keys.packed.codes.shape[1:3]
-    dtype = (keys.tail if keys.tail is not None else keys.packed.scales).dtype
-    signs, hartley = _rotation_arrays(keys.rotation or values.rotation)
-    nothing = _padding(dtype)
-    tails = [nothing if side.tail is None else side.tail for side in (keys, values)]
-    sinks = [nothing if side.sinks is None else side.sinks for side in (keys, values)]
-    key_groups = 1 if keys.bits == 0 else keys.packed.scales.shape[-1]
-    plan = _plan(
-        *(B, Hkv, H // Hkv * L, D, D // key_groups),
-        *(max(n[1] for n in lengths), max(n[0] + n[2] for n in lengths), backend),
+    k, v = keys.packed, values.packed
+    shape = _Shape(
+        *(backend, B, H, L, D, k.codes.shape[1], block, (k.scales if k.scales is not None else k.codes).dtype),
+        *(keys.bits, values.bits),
+        *(1 if side.scales is None else side.scales.shape[-1] for side in (k, v)),
+        *(k.centers is not None, balance is not None),
+        *(0 if mask is None else 1 if mask.dtype == mx.bool_ else 2, causal and L > 1, logits is not None),
     )
-    strides = (0, 0, 0)
-    if mask is not None:
-        strides = _broadcast_strides(mask.shape)
-    template = (
-        ("T", dtype),
-        ("O", dtype if plan.single else mx.float32),
-        ("D", D),
-        ("HKV", Hkv),
-        ("G", H // Hkv),
-        ("L", L),
-        ("BLOCK", block),
-        ("KB", keys.bits),
-        ("VB", values.bits),
-        ("KG", key_groups),
-        ("VG", 1 if values.bits == 0 else values.packed.scales.shape[-1]),
-        ("CENTER", keys.packed.centers is not None),
-        ("BALANCE", balance is not None),
-        ("MASK", 0 if mask is None else 1 if mask.dtype == mx.bool_ else 2),
-        ("CAUSAL", causal and L > 1),
-        ("LOGITS", logits is not None),
-        ("SINGLE", plan.single),
-        ("RC", plan.rows),
-        ("KD", plan.key_elements),
-        ("VD", plan.value_elements),
-        ("NSG", plan.simdgroups),
-    )
-    run = _runner(backend, plan, template, B, H, Hkv, L, D)
-    return run(
+    if len(lengths) == 1:
+        longest, most_raw = lengths[0][1], lengths[0][0] + lengths[0][2]
+    else:
+        longest, most_raw = max(n[1] for n in lengths), max(n[0] + n[2] for n in lengths)
+    plan = _plan(shape, longest, -(-most_raw // TILE))
+    nothing = _padding(shape.dtype)
+    sink_k, sink_v = nothing if keys.sinks is None else keys.sinks, nothing if values.sinks is None else values.sinks
+    tail_k, tail_v = nothing if keys.tail is None else keys.tail, nothing if values.tail is None else values.tail
+    return _runner(shape, plan)(
         queries,
-        keys.packed.codes,
-        nothing if keys.packed.scales is None else keys.packed.scales,
-        nothing if keys.packed.centers is None else keys.packed.centers,
-        values.packed.codes,
-        nothing if values.packed.scales is None else values.packed.scales,
-        *(*sinks, *tails),
-        signs if balance is None else balance,
-        *(signs, hartley),
+        k.codes,
+        nothing if k.scales is None else k.scales,
+        nothing if k.centers is None else k.centers,
+        v.codes,
+        nothing if v.scales is None else v.scales,
+        *(sink_k, sink_v, tail_k, tail_v),
+        nothing if balance is None else balance,
         nothing if mask is None else mask,
         nothing if logits is None else logits,
-        _ints(*(n for one in lengths for n in (*one, 0))),
-        _ints(capacity, tails[0].shape[-2], sinks[0].shape[-2], plan.splits, plan.raw_splits, *strides),
-        _floats(scale),
+        _table(keys.rotation or values.rotation, scale),
+        _sizes(
+            *(k.codes.shape[2], tail_k.shape[-2], sink_k.shape[-2], plan.splits, plan.raw_splits),
+            *((0, 0, 0) if mask is None else _broadcast_strides(mask.shape)),
+            *(n for one in lengths for n in (*one, 0)),
+        ),
     )
+
+
+class _Shape(NamedTuple):
+    """What decides which kernel is compiled."""
+
+    backend: str
+    B: int
+    H: int
+    L: int
+    D: int
+    Hkv: int
+    block: int
+    dtype: mx.Dtype
+    key_bits: int
+    value_bits: int
+    key_groups: int
+    value_groups: int
+    center: bool
+    balance: bool
+    mask: int
+    causal: bool
+    logits: bool
+
+
+class _Plan(NamedTuple):
+    """How the work is cut."""
+
+    single: bool
+    splits: int  # over packed tiles
+    raw_splits: int  # over raw tiles; in a single pass: simdgroups
+    rows: int  # query rows of a threadgroup
+    key_elements: int  # that one lane reads of a key
+    simdgroups: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
+    D, tiles = shape.D, packed // TILE
+    rows = shape.H // shape.Hkv * shape.L
+    per_group = min(4 if D > 128 else 8, 1 << (rows - 1).bit_length())
+    # Eight rows of queries leave registers for 8 elements of a key in each lane, fewer rows for 16.
+    key_elements = 8 if per_group == 8 or D // shape.key_groups < 16 else 16
+    heads = shape.B * shape.Hkv * -(-rows // per_group)
+    if tiles + raw_tiles <= _SINGLE_PASS_TILES:
+        # Their sums, one float for each query row and element, must fit in half the threadgroup memory.
+        simdgroups = _SINGLE_PASS_SIMDGROUPS if per_group * D <= 512 else _SIMDGROUPS
+        mine = round(simdgroups * raw_tiles / max(tiles + raw_tiles, 1))
+        raw_share = min(max(mine, 1 if raw_tiles else 0), simdgroups - (1 if tiles else 0))
+        return _Plan(True, 1, raw_share, per_group, key_elements, simdgroups)
+    raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
+    splits = max(_THREADGROUPS.get(shape.backend, 64) // heads - raw_splits, 1)
+    # A cache that grows must not compile a new graph at every length.
+    splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
+    return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS)
 
 
 @lru_cache(maxsize=256)
-def _runner(backend: str, plan: "_Plan", template: tuple, B: int, H: int, Hkv: int, L: int, D: int):
+def _runner(shape: _Shape, plan: _Plan):
     """The calls as one function of arrays, compiled: building the arguments of two kernels takes 60 us in Python."""
+    B, H, L, D = shape[1:5]
     rows, splits = B * H * L, plan.splits + plan.raw_splits
-    groups = (1 if plan.single else splits, Hkv * -(-(H // Hkv * L) // plan.rows), B)
-    dtype = template[0][1]
+    common = [("D", D), ("L", L), ("VB", shape.value_bits), ("LOGITS", shape.logits)]
+    template = [
+        *(("T", shape.dtype), ("O", shape.dtype if plan.single else mx.float32), *common),
+        *(("HKV", shape.Hkv), ("G", H // shape.Hkv), ("BLOCK", shape.block), ("KB", shape.key_bits)),
+        *(("KG", shape.key_groups), ("VG", shape.value_groups), ("CENTER", shape.center), ("BALANCE", shape.balance)),
+        *(("MASK", shape.mask), ("CAUSAL", shape.causal), ("SINGLE", plan.single), ("RC", plan.rows)),
+        *(("KD", plan.key_elements), ("VD", 8), ("NSG", plan.simdgroups)),
+    ]
+    groups = (1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B)
 
-    def run(*inputs: mx.array) -> mx.array:
-        out, tops = _ATTEND(
-            backend,
-            [inputs[0].astype(dtype), *inputs[1:]],
+    def run(queries: mx.array, *rest: mx.array) -> mx.array:
+        (out,) = _ATTEND(
+            shape.backend,
+            [queries.astype(shape.dtype), *rest],
             template=template,
             groups=groups,
             threads=32 * plan.simdgroups,
-            output_shapes=[(B, H, L, D), (8,)] if plan.single else [(rows, splits, D), (rows, splits, 2)],
-            output_dtypes=[dtype if plan.single else mx.float32, mx.float32],
+            output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
+            output_dtypes=[shape.dtype if plan.single else mx.float32],
         )
         if not plan.single:
-            assert out.size + tops.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
-            constants = dict(template)
+            assert out.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
             (out,) = _MERGE(
-                backend,
-                [out, tops, *inputs[11:13], inputs[14], _ints(splits, plan.raw_splits)],
-                template=[("T", dtype), *((n, constants[n]) for n in ("D", "L", "VB", "LOGITS")), ("H", H), ("NSG", 8)],
+                shape.backend,
+                [out, *rest[-3:-1], _ints(splits, plan.raw_splits)],
+                template=[("T", shape.dtype), *common, ("H", H), ("NSG", 8)],
                 groups=(rows, 1, 1),
                 threads=256,
                 output_shapes=[(B, H, L, D)],
-                output_dtypes=[dtype],
+                output_dtypes=[shape.dtype],
             )
-        return out.astype(inputs[0].dtype)
+        return out.astype(queries.dtype)
 
-    return mx.compile(run) if backend in ("metal", "cuda") else run
+    return mx.compile(run) if shape.backend in ("metal", "cuda") else run
 
 
 def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -197,43 +234,12 @@ def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return tuple(0 if n == 1 else step for n, step in ((B, H * L * tokens), (H, L * tokens), (L, tokens)))
 
 
-class _Plan(NamedTuple):
-    single: bool
-    splits: int  # over packed tiles
-    raw_splits: int  # over raw tiles; in a single pass: simdgroups
-    rows: int  # query rows of a threadgroup
-    key_elements: int
-    value_elements: int
-    simdgroups: int
-
-
-@lru_cache(maxsize=4096)
-def _plan(B: int, Hkv: int, rows: int, D: int, group: int, packed: int, raw: int, backend: str) -> _Plan:
-    """How the work is cut: rows of queries per threadgroup, lanes per key, splits over tokens."""
-    most = 4 if D > 128 else 8
-    per_group = min(most, 1 << (rows - 1).bit_length())
-    # Eight rows of queries leave registers for 8 elements of a key in each lane, fewer rows for 16.
-    key_elements = 8 if per_group == 8 or group < 16 else 16
-    tiles, raw_tiles = packed // TILE, -(-raw // TILE)
-    heads = B * Hkv * -(-rows // per_group)
-    if tiles + raw_tiles <= _SINGLE_PASS_TILES:
-        # Their sums, one float for each query row and element, must fit in half the threadgroup memory.
-        simdgroups = _SINGLE_PASS_SIMDGROUPS if per_group * D <= 512 else _SIMDGROUPS
-        mine = round(simdgroups * raw_tiles / max(tiles + raw_tiles, 1))
-        raw_share = min(max(mine, 1 if raw_tiles else 0), simdgroups - (1 if tiles else 0))
-        return _Plan(True, 1, raw_share, per_group, key_elements, 8, simdgroups)
-    raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(_THREADGROUPS.get(backend, 64) // heads, 1)
-    splits = min(splits, _power_of_two(-(-tiles // _SIMDGROUPS)), MAX_SPLITS - raw_splits)
-    return _Plan(False, splits, raw_splits, per_group, key_elements, 8, _SIMDGROUPS)
-
-
-def _power_of_two(n: int) -> int:
-    """The largest one that is at most n: a cache that grows must not compile a new graph at every length."""
-    return 1 << (n.bit_length() - 1)
-
-
 # MLX hands a kernel inputs of fewer than 8 elements in another address space, so the small ones are padded to 8.
+
+
+@lru_cache(maxsize=1024)
+def _sizes(*numbers: int) -> mx.array:
+    return mx.array(numbers, mx.int32)
 
 
 @lru_cache(maxsize=1024)
@@ -241,15 +247,11 @@ def _ints(*numbers: int) -> mx.array:
     return mx.array([*numbers, *[0] * (8 - len(numbers))], mx.int32)
 
 
-@lru_cache(maxsize=64)
-def _floats(*numbers: float) -> mx.array:
-    return mx.array([*numbers, *[0.0] * (8 - len(numbers))], mx.float32)
-
-
 @lru_cache(maxsize=8)
 def _padding(dtype: mx.Dtype) -> mx.array:
     return mx.zeros((1, 8), dtype)
 
 
-def _rotation_arrays(rotation: HadamardRotation) -> tuple[mx.array, mx.array]:
-    return rotation.signs, rotation.kernel_hartley
+@lru_cache(maxsize=64)
+def _table(rotation: HadamardRotation, scale: float) -> mx.array:
+    return mx.concatenate([mx.array([scale, *[0.0] * 7]), rotation.signs, rotation.kernel_hartley])
