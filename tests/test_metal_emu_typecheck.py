@@ -150,6 +150,8 @@ def test_doubtful_metal_is_a_warning():
 def test_errors_name_the_line_of_the_body_and_the_header():
     with pytest.raises(CompileError, match=r"k\.metal:3:\d+: error: use of undeclared identifier 'nothing'"):
         check("\n\nout[0] = nothing;")
+    with pytest.raises(CompileError, match=r"error: no matching function .*\n +k\.header:1:\d+: note: .*address space"):
+        check("out[0] = h(inp);", "float h(threadgroup float* r) { return r[0]; }")
     with pytest.raises(CompileError, match=r"k\.header:2:\d+: error: use of undeclared identifier 'nothing'"):
         check(COPY, "\nfloat f() { return nothing; }")
 

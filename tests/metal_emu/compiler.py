@@ -32,9 +32,10 @@ _KERNEL = [
 FAST = [*_KERNEL, "-O2"]
 # The sanitizers' callbacks are the runtime's own checks. Private variables start as a pattern, so that reading one
 # too early is loud. Vectorizing would merge accesses, and lanes of one report.
+# Loops stay loops, even those marked for unrolling: an attention kernel of 300 lines builds in 0.45 s, not in 1.75 s.
 CHECKED = [
     *(*_KERNEL, "-O1", "-gline-tables-only", "-gdwarf-4", "-fno-vectorize", "-fno-slp-vectorize"),
-    *("-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-mllvm", "-unroll-count=1", "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write", "-ftrivial-auto-var-init=pattern"),
     "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow,return",
 ]

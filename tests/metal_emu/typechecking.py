@@ -18,6 +18,7 @@ from .sources import check_source
 
 # Instantiations of one header checked by one clang: parsing the header is shared, an error costs checking each again.
 GROUP = 8
+MAX_NOTES = 3
 _FATAL_WARNINGS = ("-Wuninitialized", "-Wsometimes-uninitialized", "-Wconditional-uninitialized", "-Wreturn-type")
 _NUMBERED = re.compile(r"(\w+)@(\d+)\.(metal|arguments)")
 
@@ -37,13 +38,19 @@ class _Findings:
 
 
 def _clang_lines(text: str, name: str) -> list[str]:
-    """Errors, and those warnings that are about the kernel's own text."""
+    """Errors, each with its first notes, and those warnings that are about the kernel's own text."""
     own = re.compile(rf"{re.escape(name)}(@\d+)?\.(metal|header):")
-    return [
-        line
-        for line in text.splitlines()
-        if re.search(r": (fatal )?error:", line) or (": warning:" in line and own.match(line))
-    ]
+    found, notes = [], MAX_NOTES
+    for line in text.splitlines():
+        if re.search(r": (fatal )?error:", line) or (": warning:" in line and own.match(line)):
+            found.append(line)
+            notes = 0 if "error:" in line else MAX_NOTES
+        elif ": note:" in line and notes < MAX_NOTES:
+            found[-1] += f"\n    {line}"
+            notes += 1
+        elif ": warning:" in line:
+            notes = MAX_NOTES
+    return found
 
 
 def _check_group(group: list[Instance]) -> list[_Findings]:
