@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_turboquant.ops.backend import BACKENDS
 from mlx_turboquant.ops.kernel import Kernel
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
@@ -14,7 +15,7 @@ MAX_SPLITS = 512  # of attend_merge.metal
 TILE = 16  # tokens that one simdgroup takes at a time
 # Threadgroups to aim at. H200: three fit on each of 132 multiprocessors, and one wave of them beats any other count by
 # 10 to 25%. Apple GPUs have 8 to 80 cores and were not measured: enough for the largest.
-_THREADGROUPS = {"cuda": 396, "metal": 320}
+_THREADGROUPS = {"cuda": 396, "cuda-metal": 396, "metal": 320}
 _SIMDGROUPS = 4
 # Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
 _SINGLE_PASS_TILES = 64
@@ -26,6 +27,7 @@ _INPUTS = (
     *("balance", "mask", "logits", "table", "sizes"),
 )
 _ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
+_ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
 _MERGE = Kernel("attend_merge", ("sums", "logits", "table", "sizes"), ("out",), ("rotation.h",))
 
 
@@ -164,6 +166,7 @@ class _Plan(NamedTuple):
     rows: int  # query rows of a threadgroup
     key_elements: int  # that one lane reads of a key
     simdgroups: int
+    tensor_cores: bool = False  # kernels/attend_mma.cu; key_elements is then its tokens per tile
 
 
 @lru_cache(maxsize=4096)
@@ -180,11 +183,34 @@ def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
         mine = round(simdgroups * raw_tiles / max(tiles + raw_tiles, 1))
         raw_share = min(max(mine, 1 if raw_tiles else 0), simdgroups - (1 if tiles else 0))
         return _Plan(True, 1, raw_share, per_group, key_elements, simdgroups)
+    if _has_tensor_body(shape):
+        return _plan_tensor_cores(shape, packed, raw_tiles)
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
     splits = max(_THREADGROUPS.get(shape.backend, 64) // heads - raw_splits, 1)
     # A cache that grows must not compile a new graph at every length.
     splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS)
+
+
+def _has_tensor_body(shape: _Shape) -> bool:
+    """Whether kernels/attend_mma.cu takes this: two-byte elements, one scale per row, head sizes it has lanes for."""
+    return (
+        shape.backend == "cuda"
+        and shape.D in (64, 128, 256)
+        and shape.dtype in (mx.float16, mx.bfloat16)
+        and (shape.key_groups, shape.value_groups) == (1, 1)
+        and shape.block == 64
+    )
+
+
+def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
+    rows = shape.H // shape.Hkv * shape.L
+    tile = 32 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
+    heads = shape.B * shape.Hkv * -(-rows // 8)
+    raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
+    splits = max(_THREADGROUPS["cuda"] // heads - raw_splits, 1)
+    splits = min(splits, 1 << (packed // tile // _SIMDGROUPS).bit_length(), MAX_SPLITS - raw_splits)
+    return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, True)
 
 
 @lru_cache(maxsize=256)
@@ -203,7 +229,7 @@ def _runner(shape: _Shape, plan: _Plan):
     groups = (1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B)
 
     def run(queries: mx.array, *rest: mx.array) -> mx.array:
-        (out,) = _ATTEND(
+        (out,) = (_ATTEND_MMA if plan.tensor_cores else _ATTEND)(
             shape.backend,
             [queries.astype(shape.dtype), *rest],
             template=template,
@@ -225,7 +251,7 @@ def _runner(shape: _Shape, plan: _Plan):
             )
         return out.astype(queries.dtype)
 
-    return mx.compile(run) if shape.backend in ("metal", "cuda") else run
+    return mx.compile(run) if shape.backend in BACKENDS else run
 
 
 def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -1,4 +1,8 @@
-"""Which execution of the array work is used: Metal kernels, the same kernels on CUDA, or plain MLX operations."""
+"""Which execution of the array work is used: Metal kernels, kernels on CUDA, or plain MLX operations.
+
+"cuda" takes a kernel written for CUDA where there is one and the text of the Metal kernels otherwise; "cuda-metal" takes
+that text always, to check and to measure on an NVIDIA GPU what Macs run.
+"""
 
 import os
 from functools import cache
@@ -7,11 +11,11 @@ import mlx.core as mx
 
 VARIABLE = "MLX_TURBOQUANT_BACKEND"
 # The names anybody may ask for. The tests add a runner of their own, which executes the Metal text on a CPU.
-BACKENDS = ("auto", "metal", "cuda", "reference")
+BACKENDS = ("auto", "metal", "cuda", "cuda-metal", "reference")
 
 
 def choose_backend(asked: str | None = None) -> str:
-    """'metal', 'cuda' or 'reference': what was asked for here, or in MLX_TURBOQUANT_BACKEND, or what the device has.
+    """'metal', 'cuda', 'cuda-metal' or 'reference': what was asked for here, or in MLX_TURBOQUANT_BACKEND, or what the device has.
 
     Raises:
         ValueError: for an unknown name, or a backend that this machine or its default device does not have.
@@ -19,7 +23,7 @@ def choose_backend(asked: str | None = None) -> str:
     name = asked or os.environ.get(VARIABLE) or "auto"
     if name == "auto":
         return _available()
-    if name in ("metal", "cuda") and name != _available():
+    if name in ("metal", "cuda", "cuda-metal") and name.split("-")[0] != _available():
         raise ValueError(
             f"[choose_backend] Backend {name!r} was asked for ({_origin(asked)}), but MLX runs on "
             f"{mx.default_device()} here, which has {_available()!r}. Ask for 'auto'."

@@ -19,24 +19,26 @@ MAX_THREADS = 512
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by the name of its file, kernels/NAME.metal, built once for each backend.
+    """A kernel by the name of its file in kernels/, built once for each backend.
 
     Attributes:
         name: of the file, without its ending.
         inputs: names of the input arrays, in order.
         outputs: names of the output arrays, in order.
         headers: files of kernels/ whose text comes before the kernel's own functions.
+        ending: "metal", or "cu" for one that only CUDA can run.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
+    ending: str = "metal"
 
     @cached_property
     def text(self) -> tuple[str, str]:
-        """(functions, body) in the Metal Shading Language."""
-        functions, body = kernel_source(f"{self.name}.metal").split(BODY)
+        """(functions, body) in the Metal Shading Language, or in its words for CUDA."""
+        functions, body = kernel_source(f"{self.name}.{self.ending}").split(BODY)
         return "\n".join([*map(kernel_source, self.headers), functions]), body
 
     @cached_property
@@ -94,7 +96,7 @@ def _cuda(kernel: Kernel) -> Callable:
     )
 
 
-BUILDERS: dict[str, Callable[[Kernel], Callable]] = {"metal": _metal, "cuda": _cuda}
+BUILDERS: dict[str, Callable[[Kernel], Callable]] = {"metal": _metal, "cuda": _cuda, "cuda-metal": _cuda}
 
 
 def register_builder(name: str, build: Callable[[Kernel], Callable]) -> None:
