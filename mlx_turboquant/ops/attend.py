@@ -279,5 +279,6 @@ def _padding(dtype: mx.Dtype) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def _table(rotation: HadamardRotation, scale: float) -> mx.array:
-    return mx.concatenate([mx.array([scale, *[0.0] * 7]), rotation.signs, rotation.kernel_hartley])
+def _table(rotation: HadamardRotation | None, scale: float) -> mx.array:
+    turns = () if rotation is None else (rotation.signs, rotation.kernel_hartley)
+    return mx.concatenate([mx.array([scale, *[0.0] * 7]), *turns])
