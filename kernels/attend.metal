@@ -213,7 +213,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       bool live = row0 + r < rows && i < uint(D);
       x[e] = live ? float(q[(head * rows + row0 + r) * D + i]) * qscale : 0.0f;
       if (i < uint(DP)) { plain[r * DP + i] = x[e]; }
-      if (KB > 0 && live) { x[e] *= BALANCE ? signs[i] / balance[head * D + i] : signs[i]; }
+      if (KB > 0 && live) { x[e] *= BALANCE ? signs[i] / float(balance[head * D + i]) : signs[i]; }
     }
     if (KB > 0) { hadamard_hartley<D>(x, hartley, at.lane); }
     for (int i = int(at.lane); i < DP; i += 32) { turned[r * DP + i] = i < D ? x[(i / 32) % E] : 0.0f; }

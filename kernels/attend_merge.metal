@@ -1,24 +1,25 @@
 // The second pass of attention: merge the splits of kernels/attend.metal and turn the sum of packed values back.
 //
 // Inputs
-//   sums     (B * H * L, splits, D + 2) float32   each split's weighted sum (the last `raw` splits' are not rotated),
-//            largest score in units of log 2, sum of weights
+//   sums     (B * H * L, SPLITS, D + 2) float32   each split's weighted sum, largest score in units of log 2, sum of
+//            weights; the sums of the last RAW splits are not rotated
+//   logits   (H,) float                           attention-sink logits, one more term of the sum; not read unless LOGITS
 //   table    float32: as in attend.metal
-//   logits   (H,) float                       attention-sink logits, one more term of the sum; not read unless LOGITS
-//   sizes    int32: splits, raw splits
 // Output
 //   out      (B, H, L, D) T
-// Template constants: T, D, H, L, VB (0: packed values are raw, nothing to turn), LOGITS, NSG (simdgroups)
-// Grid: x: B * H * L; 32 * NSG threads. Splits: at most 512.
+// Template constants
+//   T, D, H, L, SPLITS (at most 512), RAW, VB (0: packed values are raw, nothing to turn), LOGITS, NSG (simdgroups)
+// Grid: x: B * H * L; 32 * NSG threads.
 //
 // Simdgroup s adds every NSG-th split; the first then adds the simdgroups, turns the row back and divides.
 
 constant constexpr float LOG2E = 1.44269504088896f;
-constant constexpr int MAX_SPLITS = 512;
 
 // ==== body ====
   constexpr int E = (D + 31) / 32;
-  threadgroup float weights[MAX_SPLITS];
+  constexpr int SHARE = (SPLITS + NSG - 1) / NSG;  // splits of a simdgroup
+  constexpr int AHEAD = SHARE < 8 ? SHARE : 8;     // of which so many are fetched before anything is computed
+  threadgroup float weights[SPLITS];
   threadgroup float parts[2 * NSG * E * 32];
   threadgroup float totals[NSG];
 
@@ -26,13 +27,10 @@ constant constexpr int MAX_SPLITS = 512;
   uint sg = simdgroup_index_in_threadgroup;
   uint lane = thread_index_in_simdgroup;
   uint row = threadgroup_position_in_grid.x;
-  uint splits = uint(sizes[0]), packed = splits - uint(sizes[1]);
   const device float* signs = table + 8;
   const device float* hartley = signs + D;
-  const device float* row_sums = sums + ulong(row) * splits * (D + 2);
+  const device float* row_sums = sums + ulong(row) * SPLITS * (D + 2);
 
-  // The first sums are on their way while the weights are computed.
-  constexpr int AHEAD = 4;
   float ahead[AHEAD][E];
 #pragma unroll
   for (int k = 0; k < AHEAD; k++) {
@@ -40,12 +38,16 @@ constant constexpr int MAX_SPLITS = 512;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
-      ahead[k][e] = s < splits && i < uint(D) ? row_sums[s * (D + 2) + i] : 0.0f;
+      ahead[k][e] = s < uint(SPLITS) && i < uint(D) ? row_sums[s * (D + 2) + i] : 0.0f;
     }
   }
 
   float top = -1e30f;
-  for (uint s = lane; s < splits; s += 32) { top = max(top, row_sums[s * (D + 2) + D]); }
+#pragma unroll
+  for (int k = 0; k < SPLITS; k += 32) {
+    uint s = uint(k) + lane;
+    if (s < uint(SPLITS)) { top = max(top, row_sums[s * (D + 2) + D]); }
+  }
   top = simd_max(top);
   float logit = 0.0f;
   if (LOGITS) {
@@ -53,7 +55,7 @@ constant constexpr int MAX_SPLITS = 512;
     top = max(top, logit);
   }
   float total = 0.0f;
-  for (uint s = tid; s < splits; s += 32 * NSG) {
+  for (uint s = tid; s < uint(SPLITS); s += 32 * NSG) {
     float f = fast::exp2(row_sums[s * (D + 2) + D] - top);
     weights[s] = f;
     total += f * row_sums[s * (D + 2) + D + 1];
@@ -65,21 +67,15 @@ constant constexpr int MAX_SPLITS = 512;
   float sum[E], raw_sum[E];
   for (int e = 0; e < E; e++) { sum[e] = raw_sum[e] = 0.0f; }
 #pragma unroll
-  for (int k = 0; k < AHEAD; k++) {
+  for (int k = 0; k < SHARE; k++) {
     uint s = sg + uint(k) * NSG;
-    float f = s < splits ? weights[s % MAX_SPLITS] : 0.0f;
-#pragma unroll
-    for (int e = 0; e < E; e++) {
-      if (s < packed) { sum[e] += f * ahead[k][e]; } else { raw_sum[e] += f * ahead[k][e]; }
-    }
-  }
-  for (uint s = sg + AHEAD * NSG; s < splits; s += NSG) {
-    float f = weights[s];
+    float f = s < uint(SPLITS) ? weights[s % SPLITS] : 0.0f;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
-      float x = i < uint(D) ? f * row_sums[s * (D + 2) + i] : 0.0f;
-      if (s < packed) { sum[e] += x; } else { raw_sum[e] += x; }
+      float x = k < AHEAD ? ahead[k % AHEAD][e]
+                          : s < uint(SPLITS) && i < uint(D) ? row_sums[s * (D + 2) + i] : 0.0f;
+      if (s < uint(SPLITS - RAW)) { sum[e] += f * x; } else { raw_sum[e] += f * x; }
     }
   }
   for (int e = 0; e < E; e++) {
@@ -90,8 +86,10 @@ constant constexpr int MAX_SPLITS = 512;
   if (sg == 0) {
     total = LOGITS ? fast::exp2(logit - top) : 0.0f;
     for (uint s = 0; s < uint(NSG); s++) { total += totals[s]; }
+#pragma unroll
     for (int e = 0; e < E; e++) {
       sum[e] = raw_sum[e] = 0.0f;
+#pragma unroll
       for (uint s = 0; s < uint(NSG); s++) {
         sum[e] += parts[(s * E + e) * 32 + lane];
         raw_sum[e] += parts[((NSG + s) * E + e) * 32 + lane];

@@ -16,16 +16,22 @@ constant constexpr float MASKED = -3e38f;
 constant constexpr float NO_KEY = -1e30f;
 
 METAL_FUNC void mma(float (&c)[4], uint a0, uint a2, uint b0, uint b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(0u), "r"(a2), "r"(0u), "r"(b0), "r"(b1));
 }
 METAL_FUNC void mma(float (&c)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// (a & mask) | b in one instruction, which the compiler otherwise takes apart.
+METAL_FUNC uint and_or(uint a, uint mask, uint b) {
+  uint r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(b));
+  return r;
 }
 METAL_FUNC uint pack_halves(float a, float b) { return as_type<uint>(__floats2half2_rn(a, b)); }
 METAL_FUNC uint permute_bytes(uint a, uint b, uint selector) { return __byte_perm(a, b, selector); }
@@ -57,6 +63,11 @@ template <typename T, int VB> METAL_FUNC uint weigh(const float (&p)[4], uint sc
   return pack_halves(min(p[0] * scale_of<T>(scales, 0), 65504.0f), min(p[1] * scale_of<T>(scales, 1), 65504.0f));
 }
 
+struct Lookup {
+  threadgroup const char* base;
+  uint mine;
+};
+
 // The table of BITS: 2, 3 and 4 bits look up a pair of codes, 8 bits one code.
 template <int BITS> struct Table {
   static constexpr int COUNT = BITS == 0 ? 0 : BITS == 2 ? 16 : BITS == 3 ? 64 : 256;
@@ -75,8 +86,12 @@ template <int BITS> struct Table {
       table[i] = pack_halves(low, high);
     }
   }
-  // The entry of index (word >> shift) & (COUNT - 1), or << if shift is negative; `mine` is the lane's copy.
-  METAL_FUNC static uint at(threadgroup const uint* mine, uint index) { return mine[index * LANES]; }
+  // The entry at index (word >> shift) modulo COUNT, of the lane's own copy: `mine` is its place in bytes.
+  METAL_FUNC static uint at(Lookup table, uint word, int shift) {
+    constexpr int LOG = LANES == 32 ? 7 : 5;  // of the bytes of an entry
+    uint place = shift >= LOG ? word >> (shift - LOG) : word << (LOG - shift);
+    return *(threadgroup const uint*)(table.base + and_or(place, (COUNT - 1) << LOG, table.mine));
+  }
 };
 
 // D / 4 neighbouring elements of one key, as pairs in half2.
@@ -97,14 +112,14 @@ template <typename T, int BITS, int N> struct KeyRun {
       }
     }
   }
-  METAL_FUNC uint pair(int p, threadgroup const uint* table) const {
+  METAL_FUNC uint pair(int p, Lookup table) const {
     constexpr int PER = 16 / BITS;  // pairs in a word
     uint word = words[p / PER];
     if (BITS == 8) {
-      uint low = Table<8>::at(table, word >> (p % PER * 16) & 255u), high = Table<8>::at(table, word >> (p % PER * 16 + 8) & 255u);
+      uint low = Table<8>::at(table, word, p % PER * 16), high = Table<8>::at(table, word, p % PER * 16 + 8);
       return permute_bytes(low, high, 0x5410);
     }
-    return Table<BITS>::at(table, word >> (p % PER * 2 * BITS) & (Table<BITS>::COUNT - 1));
+    return Table<BITS>::at(table, word, p % PER * 2 * BITS);
   }
 };
 template <typename T, int N> struct KeyRun<T, 3, N> {
@@ -117,10 +132,10 @@ template <typename T, int N> struct KeyRun<T, 3, N> {
     if (N == 16) { high = ((const device ushort*)plane)[first / 16]; } else { high = plane[first / 32]; }
     if (N == 64) { more = plane[first / 32 + 1]; }
   }
-  METAL_FUNC uint pair(int p, threadgroup const uint* table) const {
+  METAL_FUNC uint pair(int p, Lookup table) const {
     uint lows = low.words[p / 8] >> (p % 8 * 4) & 15u;
     uint bits = N == 64 && p >= 16 ? more : high;
-    return Table<3>::at(table, lows | (bits >> (p % 16 * 2) & 3u) << 4);
+    return Table<3>::at(table, lows | (bits >> (p % 16 * 2) & 3u) << 4, 0);
   }
 };
 template <typename T, int N> struct KeyRun<T, 0, N> {
@@ -133,7 +148,7 @@ template <typename T, int N> struct KeyRun<T, 0, N> {
       words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
     }
   }
-  METAL_FUNC uint pair(int p, threadgroup const uint*) const { return Raw<T>::halves(words[p]); }
+  METAL_FUNC uint pair(int p, Lookup) const { return Raw<T>::halves(words[p]); }
 };
 
 // D / 8 neighbouring elements of one value; `pair` gives element i of two tokens side by side.
@@ -170,19 +185,19 @@ template <typename T, int BITS, int N> struct ValuePairs {
       odd[i] = ((a.words[i] >> BITS) & LOW) | (b.words[i] & ~LOW);
     }
   }
-  METAL_FUNC uint pair(int i, threadgroup const uint* table) const {
+  METAL_FUNC uint pair(int i, Lookup table) const {
     constexpr int PER = 16 / BITS;  // even elements in a word
     uint word = i % 2 == 0 ? even[i / 2 / PER] : odd[i / 2 / PER];
-    return Table<BITS>::at(table, word >> (i / 2 % PER * 2 * BITS) & (Table<BITS>::COUNT - 1));
+    return Table<BITS>::at(table, word, i / 2 % PER * 2 * BITS);
   }
 };
 template <typename T, int N> struct ValuePairs<T, 8, N> {
   const ValueRun<T, 8, N>& a;
   const ValueRun<T, 8, N>& b;
   METAL_FUNC ValuePairs(const ValueRun<T, 8, N>& a_, const ValueRun<T, 8, N>& b_) : a(a_), b(b_) {}
-  METAL_FUNC uint pair(int i, threadgroup const uint* table) const {
-    uint first = Table<8>::at(table, a.words[i / 4] >> (i % 4 * 8) & 255u);
-    uint second = Table<8>::at(table, b.words[i / 4] >> (i % 4 * 8) & 255u);
+  METAL_FUNC uint pair(int i, Lookup table) const {
+    uint first = Table<8>::at(table, a.words[i / 4], i % 4 * 8);
+    uint second = Table<8>::at(table, b.words[i / 4], i % 4 * 8);
     return permute_bytes(first, second, 0x5410);
   }
 };
@@ -204,10 +219,10 @@ template <typename T, int N> struct ValuePairs<T, 3, N> {
     even = (a.high & 0x55555555u) | ((b.high << 1) & 0xaaaaaaaau);
     odd = ((a.high >> 1) & 0x55555555u) | (b.high & 0xaaaaaaaau);
   }
-  METAL_FUNC uint pair(int i, threadgroup const uint* table) const {
+  METAL_FUNC uint pair(int i, Lookup table) const {
     uint lows = (i % 2 == 0 ? low.even : low.odd)[i / 16] >> (i / 2 % 8 * 4) & 15u;
     uint highs = (i % 2 == 0 ? even : odd) >> (i / 2 * 2) & 3u;
-    return Table<3>::at(table, lows | highs << 4);
+    return Table<3>::at(table, lows | highs << 4, 0);
   }
 };
 template <typename T, int N> struct ValueRun<T, 0, N> {
@@ -218,7 +233,7 @@ template <typename T, int N> struct ValuePairs<T, 0, N> {
   const ValueRun<T, 0, N>& a;
   const ValueRun<T, 0, N>& b;
   METAL_FUNC ValuePairs(const ValueRun<T, 0, N>& a_, const ValueRun<T, 0, N>& b_) : a(a_), b(b_) {}
-  METAL_FUNC uint pair(int i, threadgroup const uint*) const {
+  METAL_FUNC uint pair(int i, Lookup) const {
     return permute_bytes(Raw<T>::halves(a.run.words[i / 2]), Raw<T>::halves(b.run.words[i / 2]), i % 2 == 0 ? 0x5410 : 0x7632);
   }
 };
@@ -337,7 +352,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
       x[e] = live ? float(q[(head * rows + row0 + (live ? r : 0)) * D + i]) : 0.0f;
-      y[e] = x[e] * (KB == 0 ? 1.0f : BALANCE ? signs[i] / balance[head * D + i] : signs[i]);
+      y[e] = x[e] * (KB == 0 ? 1.0f : BALANCE ? signs[i] / float(balance[head * D + i]) : signs[i]);
       largest = max(largest, abs(x[e]));
     }
     if (KB > 0) { hadamard_hartley<D>(y, hartley, lane); }
@@ -357,15 +372,14 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       turned_factor[r] = power_turned * table[0] * LOG2E;
     }
   }
-  threadgroup uint* ktable = shared_words;
-  threadgroup uint* vtable = shared_words + (SHARE ? 0 : Table<KB>::WORDS);
+  constexpr int SECOND = SHARE ? 0 : Table<KB>::WORDS;
   if (!on_raw) {
-    Table<KB>::fill(ktable, tid, 32 * NSG);
-    if (!SHARE) { Table<VB>::fill(vtable, tid, 32 * NSG); }
+    Table<KB>::fill(shared_words, tid, 32 * NSG);
+    if (!SHARE) { Table<VB>::fill(shared_words + SECOND, tid, 32 * NSG); }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  ktable += lane % Table<KB>::LANES;
-  vtable += lane % Table<VB>::LANES;
+  Lookup ktable = {(threadgroup const char*)shared_words, lane % Table<KB>::LANES * 4};
+  Lookup vtable = {(threadgroup const char*)(shared_words + SECOND), lane % Table<VB>::LANES * 4};
 
   Sums<D> sums;
   sums.top = NO_KEY;
@@ -428,12 +442,16 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       }
       float s[BLOCKS][4];
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f;
+      for (int b = 0; b < BLOCKS; b++) { s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f; }
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
+      for (int i = 0; i < D / 16; i++) {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
           mma(s[b], qa[2 * i], qa[2 * i + 1], k[b].pair(2 * i, ktable), k[b].pair(2 * i + 1, ktable));
         }
+      }
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           s[b][j] = fma(s[b][j], KB > 0 ? scale_of<T>(kscale[b], j) * factor : factor, center);

@@ -18,7 +18,7 @@ TILE = 16  # tokens that one simdgroup takes at a time
 _THREADGROUPS = {"cuda": 396, "cuda-metal": 396, "metal": 320}
 _SIMDGROUPS = 4
 # Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
-_SINGLE_PASS_TILES = 64
+_SINGLE_PASS_TILES = 32
 _SINGLE_PASS_SIMDGROUPS = 8
 
 _HEADERS = ("codebooks.h", "codes.h", "rotation.h")
@@ -28,7 +28,7 @@ _INPUTS = (
 )
 _ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
 _ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
-_MERGE = Kernel("attend_merge", ("sums", "logits", "table", "sizes"), ("out",), ("rotation.h",))
+_MERGE = Kernel("attend_merge", ("sums", "logits", "table"), ("out",), ("rotation.h",))
 
 
 class StoredSide(NamedTuple):
@@ -242,8 +242,15 @@ def _runner(shape: _Shape, plan: _Plan):
             assert out.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
             (out,) = _MERGE(
                 shape.backend,
-                [out, *rest[-3:-1], _ints(splits, plan.raw_splits)],
-                template=[("T", shape.dtype), *common, ("H", H), ("NSG", 8)],
+                [out, *rest[-3:-1]],
+                template=[
+                    ("T", shape.dtype),
+                    *common,
+                    ("H", H),
+                    ("SPLITS", splits),
+                    ("RAW", plan.raw_splits),
+                    ("NSG", 8),
+                ],
                 groups=(rows, 1, 1),
                 threads=256,
                 output_shapes=[(B, H, L, D)],
@@ -260,17 +267,12 @@ def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return tuple(0 if n == 1 else step for n, step in ((B, H * L * tokens), (H, L * tokens), (L, tokens)))
 
 
-# MLX hands a kernel inputs of fewer than 8 elements in another address space, so the small ones are padded to 8.
+# MLX hands a kernel inputs of fewer than 8 elements in another address space: none of these has fewer.
 
 
 @lru_cache(maxsize=1024)
 def _sizes(*numbers: int) -> mx.array:
     return mx.array(numbers, mx.int32)
-
-
-@lru_cache(maxsize=1024)
-def _ints(*numbers: int) -> mx.array:
-    return mx.array([*numbers, *[0] * (8 - len(numbers))], mx.int32)
 
 
 @lru_cache(maxsize=8)
