@@ -1,5 +1,7 @@
 """Slow, literal translations of the definitions, to compare every fast path with. Plain Python and float64 numpy."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.integrate import simpson
 
@@ -40,19 +42,23 @@ def pack_row(codes: list[int], bits: int) -> list[int]:
     return [(number >> (32 * w)) % 2**32 for w in range(words)]
 
 
-def quantize_row(row: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, float]:
+def quantize_row(
+    row: np.ndarray, centroids: np.ndarray, scalings: Sequence[tuple[float, float]]
+) -> tuple[np.ndarray, float]:
     """Codes and scale of one group: scale it to near unit mean square, take the nearest centroids, match the norm.
 
-    Of nine scalings, within 15% of unit mean square, the one whose centroids point most nearly where the row does.
-    Source: the scale is EDEN's (ICML 2022), so that scale * centroids[codes] is as long as the row was.
+    Of the scalings a + b / (largest entry at unit mean square), the one whose centroids point most nearly where the
+    row does. Source: the scale is EDEN's (ICML 2022), so that scale * centroids[codes] is as long as the row was.
     """
     row, centroids = np.asarray(row, np.float64), np.asarray(centroids, np.float64)
     rms = np.sqrt(np.mean(row**2))
     if rms == 0:
         return np.zeros(len(row), int), 0.0
+    unit = row / rms
     best, codes = -1.0, None
-    for factor in [1.0, *np.linspace(0.85, 1.15, 9)]:
-        tried = np.argmin(np.abs(row[:, None] * factor / rms - centroids), axis=1)
+    for a, b in scalings:
+        factor = a + b / np.abs(unit).max()
+        tried = np.argmin(np.abs(unit[:, None] * factor - centroids), axis=1)
         cosine = row @ centroids[tried] / np.linalg.norm(row) / np.linalg.norm(centroids[tried])
         if cosine > best:
             best, codes = cosine, tried

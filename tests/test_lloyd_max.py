@@ -23,8 +23,8 @@ def rows(seed=0):
     return (rng.standard_t(5, (2, 3, 4, D)) * rng.uniform(0.1, 10, (2, 3, 4, 1))).astype(np.float32)
 
 
-def round_trip(x, bits, group=D, dtype=mx.float32):
-    return np.array(dequantize(quantize(mx.array(x), bits, group, dtype), bits, D))
+def round_trip(x, bits, group=D, dtype=mx.float32, scalings=lloyd_max.SCALINGS):
+    return np.array(dequantize(quantize(mx.array(x), bits, group, dtype, scalings), bits, D))
 
 
 def group_norms(x, group):
@@ -39,14 +39,15 @@ def test_codes_and_scales_are_those_of_the_literal_definition(bits, group):
     codes = np.array(unpack_codes(packed.codes, bits, D)).reshape(-1, group)
     scales, same = np.array(packed.scales).reshape(-1), 0
     for row, code, scale in zip(x.reshape(-1, group), codes, scales, strict=True):
-        wanted, wanted_scale = quantize_row(row, centroids)
+        wanted, wanted_scale = quantize_row(row, centroids, lloyd_max._SCALINGS[bits][lloyd_max.SCALINGS])
         got, best = (cosine(row, centroids[c]) for c in (code, wanted))
-        # Two scalings may be as good as each other within float32; then their codes differ and their errors do not.
-        assert got >= best - 1e-6
+        # Cells end within 0.006 of themselves of where they should. A value there takes a centroid as near as its own,
+        # and that changes the cosine a little, up or down. Two scalings may also be as good as each other.
+        assert got >= best - 0.03 / group
         if np.array_equal(code, wanted):
             same += 1
             assert scale == pytest.approx(wanted_scale, rel=1e-5)
-    assert same >= 0.8 * len(scales)
+    assert same >= (0.5 if bits == 8 else 0.75) * len(scales)
 
 
 def cosine(a, b):
@@ -54,12 +55,39 @@ def cosine(a, b):
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(2, 1.0), (3, 0.96), (4, 0.88), (8, 0.84)])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_cells_end_where_two_centroids_are_equally_near(bits):
+    boundaries = codebook.boundaries(codebook.gaussian(bits)).astype(np.float64)
+    reach = {4: 3.1, 8: 3.5}.get(bits, np.inf)  # at 4 and 8 bits the scalings put the largest entry there
+    for i in np.flatnonzero(np.abs(boundaries) < reach):
+        cell = codebook.gaussian(bits)[i + 1] - codebook.gaussian(bits)[i]
+        near = mx.array(boundaries[i] + np.array([-0.006, 0.006]) * cell, mx.float32)
+        assert lloyd_max._cells(near, bits).tolist() == [i, i + 1]
+
+
+def test_values_beyond_the_codebook_take_its_outermost_codes():
+    far = mx.array([-100.0, -6.0, 6.0, 100.0])
+    for bits in (1, 2, 3):
+        assert lloyd_max._cells(far, bits).tolist() == [0, 0, 2**bits - 1, 2**bits - 1]
+    for bits, pairs in ((bits, lloyd_max._SCALINGS[bits][n]) for bits in (4, 8) for n in (1, 2, 3)):
+        largest = mx.array([sign * b for _, b in pairs for sign in (-1, 1)])
+        positions = np.array(lloyd_max._cells(largest, bits))
+        assert all(a == 0 for a, _ in pairs) and np.all(positions > 0) | (bits == 4) and np.all(positions < 2**bits)
+
+
+# What the nine scalings from -15% to +15% that were tried before leave of the error: .95, .87 and .82.
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.997), (3, 0.97), (4, 0.89), (8, 0.83)])
 def test_trying_scalings_lowers_the_error(bits, most, monkeypatch):
     x = np.random.default_rng(0).standard_normal((1, 1, 1000, D)).astype(np.float32)
-    tried = np.square(round_trip(x, bits) - x).mean()
-    monkeypatch.setattr(lloyd_max, "_SCALINGS", (1.0,))
-    assert tried < np.square(round_trip(x, bits) - x).mean() * most
+    errors = [np.square(round_trip(x, bits, scalings=n) - x).mean() for n in (1, 2, 3)]
+    assert errors == sorted(errors, reverse=True)
+    monkeypatch.setitem(lloyd_max._SCALINGS, bits, {1: ((1.0, 0.0),)})
+    assert errors[lloyd_max.SCALINGS - 1] < np.square(round_trip(x, bits, scalings=1) - x).mean() * most
+
+
+def test_an_unknown_number_of_scalings_is_refused():
+    with pytest.raises(ValueError, match="scalings must be one of 1, 2, 3, got 9"):
+        quantize(mx.ones((1, 1, 1, D)), 4, D, mx.float32, scalings=9)
 
 
 @each_group
@@ -92,11 +120,12 @@ def test_error_falls_as_bits_rise(group):
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
-def test_gaussian_rows_lose_what_theory_says_matched_norms_lose(bits, distortion):
+def test_gaussian_rows_lose_what_theory_says_matched_norms_lose(bits, distortion, monkeypatch):
     # The centroid c of x has E[xc] = E[c^2] = 1 - d. Matching the norm scales it by 1 / sqrt(1 - d), which makes the
     # squared error 2 - 2 sqrt(1 - d) of the row's energy. Rows are long: scaled short ones have lighter tails.
     x = np.random.default_rng(bits).standard_normal((1, 1, 100, 4096)).astype(np.float32)
-    back = np.array(dequantize(quantize(mx.array(x), bits, 4096, mx.float32), bits, 4096))
+    monkeypatch.setitem(lloyd_max._SCALINGS, bits, {1: ((1.0, 0.0),)})
+    back = np.array(dequantize(quantize(mx.array(x), bits, 4096, mx.float32, 1), bits, 4096))
     lost = np.square(back - x).sum() / np.square(x).sum()
     assert lost == pytest.approx(2 - 2 * np.sqrt(1 - distortion), rel=0.01)
 

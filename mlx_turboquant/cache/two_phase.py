@@ -224,11 +224,8 @@ class TurboQuantKVCache:
             self._sinks = tuple(_copied(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
             self._blocks = PackedBuffer(block), PackedBuffer(block)
             self._quantizers[0].fit(keys, self._query_squares)
-        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, (keys, values), strict=True):
-            # In pieces, so that the float32 temporaries of a long prompt stay small beside it.
-            step = max(4096 // block, 1) * block
-            for start in range(0, stop - skip, step):
-                blocks.append(quantizer.encode(rows[:, :, start : start + step]), stop - skip)
+        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, self._tail, strict=True):
+            blocks.append(quantizer.encode(rows.array, skip, stop), stop - skip)
         bad = self._nonfinite.add(keys, values)
         for rows in self._tail:
             rows.keep(stop, rows.length, block + window + MAX_DIRECT_QUERIES)
@@ -247,8 +244,8 @@ class TurboQuantKVCache:
             if whole == 0 and sinks[side] is not None:  # no block is left: raw again from the first token
                 rows.append(sinks[side][:, :, :kept])
             if rest:
-                cut = blocks.view().rows(whole * block, (whole + 1) * block, block)
-                rows.append(quantizer.decode(cut)[:, :, :rest])
+                cut = quantizer.decode(blocks.stored(), whole * block, (whole + 1) * block)
+                rows.append(cut[:, :, :rest])
             tails.append(rows)
             blocks.truncate(whole * block)
         for tail, rows in zip(self._tail, tails, strict=True):

@@ -29,12 +29,15 @@ class Quantizer:
     def fit(self, keys: mx.array, query_squares: mx.array | None) -> None:
         """Learn from the prompt: keys (B, Hkv, T, D), whole blocks; query_squares (B, Hkv, D) or None if none seen."""
 
-    def encode(self, rows: mx.array) -> PackedTensor:
-        """Encode rows (B, Hkv, T, D), T a multiple of the block."""
+    def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
+        """Encode rows (B, Hkv, .., D) from start to stop, stop - start a multiple of the block.
+
+        A kernel takes a whole buffer and reads those rows; a slice of it would be copied first.
+        """
         raise NotImplementedError
 
-    def decode(self, packed: PackedTensor) -> mx.array:
-        """The rows (B, Hkv, T, D) in the model's dtype that the codes stand for."""
+    def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
+        """The rows (B, Hkv, stop - start, D) in the model's dtype that the codes of whole blocks stand for."""
         raise NotImplementedError
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:

@@ -15,13 +15,13 @@ class RawRows(KeyQuantizer, ValueQuantizer):
     def __init__(self, scheme: KVScheme, dim: int, dtype: mx.Dtype):
         self.dim, self.dtype = dim, dtype
 
-    def encode(self, rows: mx.array) -> PackedTensor:
-        """Rows (B, Hkv, T, D) as they are."""
-        return PackedTensor(rows)
+    def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
+        """Rows (B, Hkv, .., D) from start to stop as they are."""
+        return PackedTensor(rows[:, :, start:stop])
 
-    def decode(self, packed: PackedTensor) -> mx.array:
-        """The rows (B, Hkv, T, D) themselves."""
-        return packed.codes
+    def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
+        """The rows (B, Hkv, stop - start, D) themselves."""
+        return packed.codes[:, :, start:stop]
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:
         """Shapes and dtypes of `encode`'s result."""

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from mlx_turboquant.conditioning import balance_factors, block_centers, subtract_centers
 from mlx_turboquant.ops import lloyd_max
+from mlx_turboquant.ops.dequantize import dequantize
+from mlx_turboquant.ops.encode import encode
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.quantizers.base import KeyQuantizer, ValueQuantizer
 from mlx_turboquant.rotation import make_rotation
@@ -36,25 +38,23 @@ class TurboKeys(KeyQuantizer):
         if self.wants_queries and query_squares is not None:
             self.balance = balance_factors(query_squares, subtract_centers(keys, self._centers(keys)))
 
-    def encode(self, keys: mx.array) -> PackedTensor:
-        """Encode whole blocks of keys (B, Hkv, T, D), T a multiple of block."""
-        centers = self._centers(keys)
-        x = subtract_centers(keys, centers)
-        if self.balance is not None:
-            x = x * self.balance[:, :, None]
-        packed = lloyd_max.quantize(self.rotation.apply(x), self.bits, self.group, self.dtype)
-        return packed._replace(centers=centers)
+    def encode(self, keys: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
+        """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
+        return encode(
+            keys,
+            start,
+            keys.shape[2] if stop is None else stop,
+            bits=self.bits,
+            group=self.group,
+            block=self.block,
+            rotation=self.rotation,
+            center=self.center,
+            balance=self.balance,
+        )
 
-    def decode(self, packed: PackedTensor) -> mx.array:
-        """The keys (B, Hkv, T, D) that the codes stand for, in the model's dtype."""
-        x = self.rotation.invert(lloyd_max.dequantize(packed, self.bits, self.dim))
-        if self.balance is not None:
-            x = x / self.balance[:, :, None]
-        if packed.centers is not None:
-            B, H, T, D = x.shape
-            x = x.reshape(B, H, -1, self.block, D) + packed.centers[:, :, :, None].astype(mx.float32)
-            x = x.reshape(B, H, T, D)
-        return x.astype(self.dtype)
+    def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
+        """The keys (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
+        return _decode(self, packed, start, stop)
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:
         """Shapes and dtypes of `encode`'s result."""
@@ -84,18 +84,26 @@ class TurboValues(ValueQuantizer):
     """Values of one layer in `bits` bits per element; arguments as for `TurboKeys`."""
 
     def __init__(self, scheme: KVScheme, dim: int, dtype: mx.Dtype):
-        self.bits, self.dim, self.dtype = scheme.value_bits, dim, dtype
+        self.bits, self.dim, self.dtype, self.block = scheme.value_bits, dim, dtype, scheme.block
         self.group = _group_size(scheme, dim)
         self.rotation = make_rotation(scheme.rotation, dim, scheme.seed)
 
-    def encode(self, values: mx.array) -> PackedTensor:
-        """Encode values (B, Hkv, T, D)."""
-        x = self.rotation.apply(subtract_centers(values, None))
-        return lloyd_max.quantize(x, self.bits, self.group, self.dtype)
+    def encode(self, values: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
+        """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
+        return encode(
+            values,
+            start,
+            values.shape[2] if stop is None else stop,
+            bits=self.bits,
+            group=self.group,
+            block=self.block,
+            rotation=self.rotation,
+            center=False,
+        )
 
-    def decode(self, packed: PackedTensor) -> mx.array:
-        """The values (B, Hkv, T, D) that the codes stand for, in the model's dtype."""
-        return self.rotation.invert(lloyd_max.dequantize(packed, self.bits, self.dim)).astype(self.dtype)
+    def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
+        """The values (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
+        return _decode(self, packed, start, stop)
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:
         """Shapes and dtypes of `encode`'s result."""
@@ -108,6 +116,19 @@ class TurboValues(ValueQuantizer):
     def finish(self, total: mx.array) -> mx.array:
         """Rotate a sum of `weighted_sum` results back."""
         return self.rotation.invert(total)
+
+
+def _decode(side: TurboKeys | TurboValues, packed: PackedTensor, start: int, stop: int | None) -> mx.array:
+    return dequantize(
+        packed,
+        start,
+        packed.length if stop is None else stop,
+        bits=side.bits,
+        dim=side.dim,
+        block=side.block,
+        rotation=side.rotation,
+        balance=side.balance,
+    )
 
 
 def _group_size(scheme: KVScheme, dim: int) -> int:
