@@ -98,41 +98,62 @@ def attend(
 
     Scratch memory of the second form: B * H * L * splits * (D + 2) float32, splits at most 512.
     """
-    B, H, L, D = queries.shape
     k, v = keys.packed, values.packed
-    shape = _Shape(
-        *(backend, B, H, L, D, k.codes.shape[1], block, (k.scales if k.scales is not None else k.codes).dtype),
-        *(keys.bits, values.bits),
-        *(1 if side.scales is None else side.scales.shape[-1] for side in (k, v)),
-        *(k.centers is not None, balance is not None),
-        *(0 if mask is None else 1 if mask.dtype == mx.bool_ else 2, causal and L > 1, logits is not None),
+    dtype = (k.codes if k.scales is None else k.scales).dtype
+    nothing = _padding(dtype)
+    sink_k, sink_v = (nothing, nothing) if keys.sinks is None else (keys.sinks, values.sinks)
+    tail_k, tail_v = (nothing, nothing) if keys.tail is None else (keys.tail, values.tail)
+    run, sizes = _prepare(
+        backend,
+        queries.shape,
+        k.codes.shape,
+        tail_k.shape[-2],
+        sink_k.shape[-2],
+        lengths,
+        block,
+        dtype,
+        keys.bits,
+        values.bits,
+        1 if k.scales is None else k.scales.shape[-1],
+        1 if v.scales is None else v.scales.shape[-1],
+        k.centers is not None,
+        balance is not None,
+        None if mask is None else (mask.dtype, mask.shape),
+        causal,
+        logits is not None,
     )
-    if len(lengths) == 1:
-        longest, most_raw = lengths[0][1], lengths[0][0] + lengths[0][2]
-    else:
-        longest, most_raw = max(n[1] for n in lengths), max(n[0] + n[2] for n in lengths)
-    plan = _plan(shape, longest, -(-most_raw // TILE))
-    nothing = _padding(shape.dtype)
-    sink_k, sink_v = nothing if keys.sinks is None else keys.sinks, nothing if values.sinks is None else values.sinks
-    tail_k, tail_v = nothing if keys.tail is None else keys.tail, nothing if values.tail is None else values.tail
-    return _runner(shape, plan)(
+    return run(
         queries,
         k.codes,
         nothing if k.scales is None else k.scales,
         nothing if k.centers is None else k.centers,
         v.codes,
         nothing if v.scales is None else v.scales,
-        *(sink_k, sink_v, tail_k, tail_v),
+        sink_k,
+        sink_v,
+        tail_k,
+        tail_v,
         nothing if balance is None else balance,
         nothing if mask is None else mask,
         nothing if logits is None else logits,
         _table(keys.rotation or values.rotation, scale),
-        _sizes(
-            *(k.codes.shape[2], tail_k.shape[-2], sink_k.shape[-2], plan.splits, plan.raw_splits),
-            *((0, 0, 0) if mask is None else _broadcast_strides(mask.shape)),
-            *(n for one in lengths for n in (*one, 0)),
-        ),
+        sizes,
     )
+
+
+@lru_cache(maxsize=1024)
+def _prepare(backend, queries, codes, tail_room, sink_room, lengths, block, dtype, *rest):
+    """The call and its `sizes`; the layers of a model share it in each step, and Python time counts in short caches."""
+    key_bits, value_bits, key_groups, value_groups, center, balance, mask, causal, logits = rest
+    B, H, L, D = queries
+    shape = _Shape(
+        *(backend, B, H, L, D, codes[1], block, dtype, key_bits, value_bits, key_groups, value_groups),
+        *(center, balance, 0 if mask is None else 1 if mask[0] == mx.bool_ else 2, causal and L > 1, logits),
+    )
+    plan = _plan(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
+    sizes = (codes[2], tail_room, sink_room, plan.splits, plan.raw_splits)
+    strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
+    return _runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
 
 
 class _Shape(NamedTuple):
@@ -268,11 +289,6 @@ def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 # MLX hands a kernel inputs of fewer than 8 elements in another address space: none of these has fewer.
-
-
-@lru_cache(maxsize=1024)
-def _sizes(*numbers: int) -> mx.array:
-    return mx.array(numbers, mx.int32)
 
 
 @lru_cache(maxsize=8)
