@@ -196,10 +196,11 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   // The first keys are on their way while the queries are prepared.
   ulong base = head * ulong(sizes[0]);
   const device uint* krows = (const device uint*)k_codes + base * KWORDS;
+  const device uint* next_k = krows + ulong(tile * TILE + at.kkey * QS) * KWORDS;  // the lane's first key
   Run<T, KB, KD> k[QS];
   if (!on_raw && tile < stop) {
 #pragma unroll
-    for (int i = 0; i < QS; i++) { k[i].load(krows + (tile * TILE + at.kkey * QS + i) * KWORDS, kfirst, D); }
+    for (int i = 0; i < QS; i++) { k[i].load(next_k + i * KWORDS, kfirst, D); }
   }
 
   // Queries, times the scale: as they are for raw keys and centres, transformed for packed keys.
@@ -250,9 +251,11 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     constexpr int KTABLE = KB == 0 || KB == 8 ? 1 : 1 << KB, VTABLE = VB == 0 || VB == 8 ? 1 : 1 << VB;
     float ktable = KB == 2 ? codebook_2[at.lane % KTABLE % 4] : KB == 3 ? codebook_3[at.lane % KTABLE % 8] : codebook_4[at.lane % KTABLE % 16];
     float vtable = VB == 2 ? codebook_2[at.lane % VTABLE % 4] : VB == 3 ? codebook_3[at.lane % VTABLE % 8] : codebook_4[at.lane % VTABLE % 16];
-    const device uint* vrows = (const device uint*)v_codes + base * VWORDS;
-    const device T* kscales = k_scales + base * KG + kfirst / KSPAN;
-    const device T* vscales = v_scales + base * VG + vfirst / VSPAN;
+    // Pointers that walk: a tile's rows are at constant distances from them, and need no arithmetic of their own.
+    const device uint* next_v = (const device uint*)v_codes + (base + ulong(tile * TILE + at.vkey)) * VWORDS;
+    const device T* kscales = k_scales + (base + ulong(tile * TILE + at.kkey * QS)) * KG + kfirst / KSPAN;
+    const device T* vscales = v_scales + (base + ulong(tile * TILE + at.kkey * QS)) * VG;
+    const device T* vgroups = v_scales + (base + ulong(tile * TILE + at.vkey)) * VG + vfirst / VSPAN;
     const device T* centers = k_centers + base / BLOCK * D;
     uint center_block = 0xffffffffu;
     float center_score = 0.0f;
@@ -261,10 +264,10 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       uint token = tile * TILE + at.kkey * QS;  // the lane's first key
       Run<T, VB, VD> v[VS];
 #pragma unroll
-      for (int i = 0; i < VS; i++) { v[i].load(vrows + (tile * TILE + i * VALUES + at.vkey) * VWORDS, vfirst, D); }
+      for (int i = 0; i < VS; i++) { v[i].load(next_v + i * VALUES * VWORDS, vfirst, D); }
       float kscale[QS], vscale[QS];
-      if (KB > 0 && KG == 1) { load_scales<T, QS>(kscales + token, kscale); }
-      if (VB > 0 && VG == 1) { load_scales<T, QS>(vscales + token, vscale); }
+      if (KB > 0 && KG == 1) { load_scales<T, QS>(kscales, kscale); }
+      if (VB > 0 && VG == 1) { load_scales<T, QS>(vscales, vscale); }
       if (VB == 0 || VG > 1) { for (int i = 0; i < QS; i++) { vscale[i] = 1.0f; } }
 
       if (CENTER && tile * TILE / BLOCK != center_block) {
@@ -296,7 +299,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
           for (int j = 0; j < RC; j++) { a[j] = fma(qv[j][d], c, a[j]); }
         }
         if (KB > 0 && KG > 1) {
-          float group = float(kscales[(token + i) * KG]);
+          float group = float(kscales[i * KG]);
 #pragma unroll
           for (int j = 0; j < RC; j++) { a[j] *= group; }
         }
@@ -305,9 +308,10 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         if (CENTER) { s[i] += center_score; }
         if (MASK > 0 || CAUSAL) { s[i] = masked<MASK>(s[i], mask, mask_row, sinks + token + i, last); }
       }
+      next_k += TILE * KWORDS;
       if (tile + 1 < stop) {
 #pragma unroll
-        for (int i = 0; i < QS; i++) { k[i].load(krows + (token + TILE + i) * KWORDS, kfirst, D); }
+        for (int i = 0; i < QS; i++) { k[i].load(next_k + i * KWORDS, kfirst, D); }
       }
       softmax_step<RC, VD, KL, QS>(part, s, vscale, weights, at);
 #pragma unroll
@@ -315,7 +319,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         float p[RC];
         load_weights<RC>(weights + (i * VALUES + at.vkey) * RC, p);
         if (VB > 0 && VG > 1) {
-          float group = float(vscales[(tile * TILE + i * VALUES + at.vkey) * VG]);
+          float group = float(vgroups[i * VALUES * VG]);
 #pragma unroll
           for (int g = 0; g < RC; g++) { p[g] *= group; }
         }
@@ -326,6 +330,10 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
           for (int g = 0; g < RC; g++) { part.o[g][j] = fma(p[g], c, part.o[g][j]); }
         }
       }
+      next_v += TILE * VWORDS;
+      kscales += TILE * KG;
+      vscales += TILE * VG;
+      vgroups += TILE * VG;
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   } else {

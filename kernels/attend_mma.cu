@@ -332,14 +332,14 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   uint tile = uint(ulong(tiles) * worker / workers), stop = uint(ulong(tiles) * (worker + 1) / workers);
 
   ulong base = head * ulong(sizes[0]);
-  const device uint* krows = (const device uint*)k_codes + base * KWORDS;
-  const device uint* vrows = (const device uint*)v_codes + base * VWORDS;
+  const device uint* next_k = (const device uint*)k_codes + (base + ulong(tile * TILE + gq)) * KWORDS;
+  const device uint* next_v = (const device uint*)v_codes + (base + ulong(tile * TILE + 2 * tg)) * VWORDS;
+  const device T* kscales = k_scales + base + tile * TILE + 2 * tg;
+  const device T* vscales = v_scales + base + tile * TILE + 2 * tg;
   KeyRun<T, KB, KN> k[BLOCKS];
-  const device T* kscales = k_scales + base;
-  const device T* vscales = v_scales + base;
   if (!on_raw && tile < stop) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) { k[b].load(krows + (tile * TILE + 8 * b + gq) * KWORDS, tg * KN, D); }
+    for (int b = 0; b < BLOCKS; b++) { k[b].load(next_k + 8 * b * KWORDS, tg * KN, D); }
   }
 
   // Queries: as they are for raw keys and centres, transformed for packed keys.
@@ -411,15 +411,14 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       for (int n = 0; n < PAIRS; n++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          v[n][j].load(vrows + (tile * TILE + 16 * n + 2 * tg + OFFSETS[j]) * VWORDS, gq * VN, D);
+          v[n][j].load(next_v + (16 * n + OFFSETS[j]) * VWORDS, gq * VN, D);
         }
       }
       uint kscale[BLOCKS], vscale[BLOCKS];  // of two neighbouring tokens each
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        uint key = tile * TILE + 8 * b + 2 * tg;
-        kscale[b] = KB > 0 ? *(const device uint*)(kscales + key) : 0;
-        vscale[b] = VB > 0 ? *(const device uint*)(vscales + key) : 0;
+        kscale[b] = KB > 0 ? *(const device uint*)(kscales + 8 * b) : 0;
+        vscale[b] = VB > 0 ? *(const device uint*)(vscales + 8 * b) : 0;
       }
       float center = 0.0f;
       if (CENTER) {
@@ -460,9 +459,13 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
           }
         }
       }
+      next_k += TILE * KWORDS;
+      next_v += TILE * VWORDS;
+      kscales += TILE;
+      vscales += TILE;
       if (tile + 1 < stop) {
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) { k[b].load(krows + (tile * TILE + TILE + 8 * b + gq) * KWORDS, tg * KN, D); }
+        for (int b = 0; b < BLOCKS; b++) { k[b].load(next_k + 8 * b * KWORDS, tg * KN, D); }
       }
       softmax_step<D, BLOCKS>(sums, s, tg);
 #pragma unroll
