@@ -136,10 +136,10 @@ template <int RC> METAL_FUNC void load_weights(threadgroup const float* at, thre
 
 // A masked score is MASKED; an added mask of -1e30 or less masks too.
 template <int MASK, typename M>
-METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token, uint last) {
+METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token, int last) {
   if (MASK == 1 && !(float(mask[row + token]) > 0.0f)) { return MASKED; }
   if (MASK == 2) { score += max(float(mask[row + token]), MASKED) * LOG2E; }
-  return token > last || score <= NO_KEY ? MASKED : score;
+  return int(token) > last || score <= NO_KEY ? MASKED : score;
 }
 
 // ==== body ====
@@ -243,7 +243,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   // Row hx as a query: what it may see.
   uint my_row = row0 + at.hx < rows ? row0 + at.hx : rows - 1;
   uint query = my_row % L;
-  uint last = CAUSAL ? tokens - uint(L) + query : 0xffffffffu;
+  int last = CAUSAL ? int(tokens + query) - L : 0x7fffffff;
   ulong mask_row = ulong(b) * ulong(sizes[5]) + ulong(kvh * G + my_row / L) * ulong(sizes[6]) +
                    ulong(query) * ulong(sizes[7]);
 

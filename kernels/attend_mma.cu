@@ -289,10 +289,10 @@ METAL_FUNC void softmax_step(Sums<D>& sums, float (&s)[BLOCKS][4], uint tg) {
 }
 
 template <int MASK, typename M>
-METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token, uint last) {
+METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token, int last) {
   if (MASK == 1 && !(float(mask[row + token]) > 0.0f)) { return MASKED; }
   if (MASK == 2) { score += max(float(mask[row + token]), MASKED) * LOG2E; }
-  return token > last || score <= NO_KEY ? MASKED : score;
+  return int(token) > last || score <= NO_KEY ? MASKED : score;
 }
 
 // ==== body ====
@@ -391,7 +391,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   }
   uint my_row = row0 + gq < rows ? row0 + gq : rows - 1;
   uint query = my_row % L;
-  uint last = CAUSAL ? tokens - uint(L) + query : 0xffffffffu;
+  int last = CAUSAL ? int(tokens + query) - L : 0x7fffffff;
   ulong mask_row = ulong(b_) * ulong(sizes[5]) + ulong(kvh * G + my_row / L) * ulong(sizes[6]) +
                    ulong(query) * ulong(sizes[7]);
 
