@@ -101,6 +101,8 @@ def attend(
     k, v = keys.packed, values.packed
     dtype = (k.codes if k.scales is None else k.scales).dtype
     nothing = _padding(dtype)
+    if mask is not None and mask.size < 8:
+        mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 8)])
     sink_k, sink_v = (nothing, nothing) if keys.sinks is None else (keys.sinks, values.sinks)
     tail_k, tail_v = (nothing, nothing) if keys.tail is None else (keys.tail, values.tail)
     run, sizes = _prepare(
