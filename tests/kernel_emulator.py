@@ -23,9 +23,10 @@ CALLS: dict[str, dict[str, Any]] = {}  # by name: the arguments of the last call
 class _Emulated:
     """Stands where the result of mx.fast.metal_kernel would stand."""
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, template: tuple):
         header, source = kernel.text
         self.name = kernel.name
+        self.template = list(template)
         self.kernel = KERNELS[kernel.name] = metal_kernel(
             name=f"mlx_turboquant_{kernel.name}",
             input_names=list(kernel.inputs),
@@ -35,6 +36,7 @@ class _Emulated:
         )
 
     def __call__(self, **call: Any) -> list[mx.array]:
+        call["template"] = self.template
         # Shapes in place of arrays: another thread compiles, and MLX evaluates an array only in its own.
         CALLS[self.name] = call | {"inputs": [(x.shape, x.dtype) for x in call["inputs"]]}
         if _planned is not None:
@@ -64,15 +66,23 @@ def options(**chosen: Any) -> Iterator[None]:
 
 
 @contextmanager
-def prebuilding(check: bool = True) -> Iterator[None]:
-    """Note the kernels that are called inside, with outputs of zeros; compile them all at the end."""
+def noting() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Run nothing: calls inside return zeros. A list of (kernel, call) for metal_emu's typecheck, filled at the end."""
     global _planned
-    _planned = calls = {}
+    _planned, calls = {}, []
     try:
-        yield
+        yield calls
+        calls += _planned.values()
     finally:
         _planned = None
-    prebuild(list(calls.values()), check=check)
+
+
+@contextmanager
+def prebuilding(check: bool = True) -> Iterator[None]:
+    """Note the kernels that are called inside, with outputs of zeros; compile them all at the end."""
+    with noting() as calls:
+        yield
+    prebuild(calls, check=check)
 
 
 register_builder("emulator", _Emulated)
