@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_turboquant.ops.backend import BACKENDS
 from mlx_turboquant.ops.kernel import Kernel
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
@@ -124,8 +123,9 @@ def attend(
         causal,
         logits is not None,
     )
-    return run(
-        queries,
+    asked = queries.dtype
+    inputs = [
+        queries if asked == dtype else queries.astype(dtype),
         k.codes,
         nothing if k.scales is None else k.scales,
         nothing if k.centers is None else k.centers,
@@ -140,7 +140,9 @@ def attend(
         nothing if logits is None else logits,
         _table(keys.rotation or values.rotation, scale),
         sizes,
-    )
+    ]
+    out = run(inputs)
+    return out if asked == dtype else out.astype(asked)
 
 
 @lru_cache(maxsize=1024)
@@ -238,7 +240,7 @@ def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
 
 @lru_cache(maxsize=256)
 def _runner(shape: _Shape, plan: _Plan):
-    """The calls as one function of arrays, compiled: building the arguments of two kernels takes 60 us in Python."""
+    """The calls as one function of the input arrays."""
     B, H, L, D = shape[1:5]
     rows, splits = B * H * L, plan.splits + plan.raw_splits
     common = [("D", D), ("L", L), ("VB", shape.value_bits), ("LOGITS", shape.logits)]
@@ -249,39 +251,31 @@ def _runner(shape: _Shape, plan: _Plan):
         *(("MASK", shape.mask), ("CAUSAL", shape.causal), ("SINGLE", plan.single), ("RC", plan.rows)),
         *(("KD", plan.key_elements), ("VD", 8), ("NSG", plan.simdgroups)),
     ]
-    groups = (1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B)
+    attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
+        shape.backend,
+        template=template,
+        groups=(1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B),
+        threads=32 * plan.simdgroups,
+        output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
+        output_dtypes=[shape.dtype if plan.single else mx.float32],
+    )
+    if plan.single:
+        return lambda inputs: attend_rows(inputs)[0]
+    merge = _MERGE.prepare(
+        shape.backend,
+        template=[("T", shape.dtype), *common, ("H", H), ("SPLITS", splits), ("RAW", plan.raw_splits), ("NSG", 8)],
+        groups=(rows, 1, 1),
+        threads=256,
+        output_shapes=[(B, H, L, D)],
+        output_dtypes=[shape.dtype],
+    )
 
-    def run(queries: mx.array, *rest: mx.array) -> mx.array:
-        (out,) = (_ATTEND_MMA if plan.tensor_cores else _ATTEND)(
-            shape.backend,
-            [queries.astype(shape.dtype), *rest],
-            template=template,
-            groups=groups,
-            threads=32 * plan.simdgroups,
-            output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
-            output_dtypes=[shape.dtype if plan.single else mx.float32],
-        )
-        if not plan.single:
-            assert out.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
-            (out,) = _MERGE(
-                shape.backend,
-                [out, *rest[-3:-1]],
-                template=[
-                    ("T", shape.dtype),
-                    *common,
-                    ("H", H),
-                    ("SPLITS", splits),
-                    ("RAW", plan.raw_splits),
-                    ("NSG", 8),
-                ],
-                groups=(rows, 1, 1),
-                threads=256,
-                output_shapes=[(B, H, L, D)],
-                output_dtypes=[shape.dtype],
-            )
-        return out.astype(queries.dtype)
+    def run(inputs: list[mx.array]) -> mx.array:
+        (sums,) = attend_rows(inputs)
+        assert sums.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
+        return merge([sums, *inputs[-3:-1]])[0]
 
-    return mx.compile(run) if shape.backend in BACKENDS else run
+    return run
 
 
 def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -41,43 +41,77 @@ class Kernel:
         functions, body = kernel_source(f"{self.name}.{self.ending}").split(BODY)
         return "\n".join([*map(kernel_source, self.headers), functions]), body
 
-    @cached_property
-    def _built(self) -> dict[str, Callable]:
-        return {}
+    def specialised(self, template: Sequence[tuple[str, Any]]) -> tuple[str, str]:
+        """(functions, body) with the template constants written into the body.
 
-    def __call__(
+        MLX could be given a template, but would then spell its arguments out at every call: 5 us of Python time for 20.
+        """
+        functions, body = self.text
+        lines = [
+            f"  typedef {_TYPES[value]} {name};"
+            if isinstance(value, mx.Dtype)
+            else f"  constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {int(value)};"
+            for name, value in template
+        ]
+        return functions, "\n".join([*lines, body])
+
+    def specialised_name(self, template: Sequence[tuple[str, Any]]) -> str:
+        """A name of its own for each specialised text: MLX keeps compiled kernels by name."""
+        values = (str(int(v)) if not isinstance(v, mx.Dtype) else _TYPES[v] for _, v in template)
+        return f"mlx_turboquant_{self.name}_{'_'.join(values)}".replace("-", "m")
+
+    def prepare(
         self,
         backend: str,
-        inputs: Sequence[mx.array],
         *,
         template: Sequence[tuple[str, Any]],
         groups: tuple[int, int, int],
         threads: int,
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
-    ) -> list[mx.array]:
-        """Run it: `groups` threadgroups of `threads` threads each.
+    ) -> Callable[[Sequence[mx.array]], list[mx.array]]:
+        """A function of the input arrays that runs `groups` threadgroups of `threads` threads each.
 
         Inputs must be row contiguous: another layout would be copied by MLX, each time.
+
+        Raises:
+            ValueError: for more threads in a threadgroup than every device takes.
         """
         if threads > MAX_THREADS:
             raise ValueError(f"[{self.name}] wanted at most {MAX_THREADS} threads in a threadgroup, got {threads}.")
-        if backend not in self._built:
-            self._built[backend] = BUILDERS[backend](self)
-        return self._built[backend](
-            inputs=list(inputs),
-            template=list(template),
-            grid=(groups[0] * threads, groups[1], groups[2]),
-            threadgroup=(threads, 1, 1),
-            output_shapes=list(output_shapes),
-            output_dtypes=list(output_dtypes),
-        )
+        call = _build(self, backend, tuple(template))
+        grid = (groups[0] * threads, groups[1], groups[2])
+        fixed = {
+            "grid": grid,
+            "threadgroup": (threads, 1, 1),
+            "output_shapes": list(output_shapes),
+            "output_dtypes": list(output_dtypes),
+        }
+        return lambda inputs: call(inputs=inputs, **fixed)
+
+    def __call__(self, backend: str, inputs: Sequence[mx.array], **how: Any) -> list[mx.array]:
+        """Run it once; `how` as for `prepare`."""
+        return self.prepare(backend, **how)(list(inputs))
 
 
-def _metal(kernel: Kernel) -> Callable:
-    header, source = kernel.text
+_TYPES = {
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.float32: "float",
+    mx.uint32: "uint",
+    mx.int32: "int",
+}
+
+
+@lru_cache(maxsize=1024)
+def _build(kernel: Kernel, backend: str, template: tuple[tuple[str, Any], ...]) -> Callable:
+    return BUILDERS[backend](kernel, template)
+
+
+def _metal(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
+    header, source = kernel.specialised(template)
     return mx.fast.metal_kernel(
-        name=f"mlx_turboquant_{kernel.name}",
+        name=kernel.specialised_name(template),
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         header=header,
@@ -85,10 +119,10 @@ def _metal(kernel: Kernel) -> Callable:
     )
 
 
-def _cuda(kernel: Kernel) -> Callable:
-    header, source = cuda_text(*kernel.text)
+def _cuda(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
+    header, source = cuda_text(*kernel.specialised(template))
     return mx.fast.cuda_kernel(
-        name=f"mlx_turboquant_{kernel.name}",
+        name=kernel.specialised_name(template),
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         header=header,
@@ -96,10 +130,20 @@ def _cuda(kernel: Kernel) -> Callable:
     )
 
 
-BUILDERS: dict[str, Callable[[Kernel], Callable]] = {"metal": _metal, "cuda": _cuda, "cuda-metal": _cuda}
+BUILDERS: dict[str, Callable[[Kernel, tuple[tuple[str, Any], ...]], Callable]] = {
+    "metal": _metal,
+    "cuda": _cuda,
+    "cuda-metal": _cuda,
+}
 
 
-def register_builder(name: str, build: Callable[[Kernel], Callable]) -> None:
-    """Add a backend that runs the Metal text by other means, as the tests' emulator does."""
+def register_builder(name: str, build: Callable[[Kernel, tuple[tuple[str, Any], ...]], Callable]) -> None:
+    """Add a backend that runs the Metal text by other means, as the tests' emulator does.
+
+    Args:
+        name: of the backend.
+        build: (kernel, template) -> a function of the keywords inputs, grid, threadgroup, output_shapes, output_dtypes.
+    """
     BUILDERS[name] = build
+    _build.cache_clear()
     register_backend(name)
