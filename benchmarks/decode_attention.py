@@ -28,7 +28,7 @@ from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor
 
-STEPS = 4  # steps under way: the next is built while one runs, as mlx-lm's generation does it
+STEPS = 16  # steps under way: the next is built while one runs, as mlx-lm's generation does it
 BLOCK, SINKS, TAIL, ROOM = 64, 4, 40, 88  # of a cache with default options, and its tail's buffer
 
 

@@ -12,9 +12,14 @@ from mlx_turboquant.tensor import PackedTensor
 MAX_QUERIES = 8
 MAX_SPLITS = 512  # of attend_merge.metal
 TILE = 16  # tokens that one simdgroup takes at a time
-# Threadgroups to aim at. H200: three fit on each of 132 multiprocessors, and one wave of them beats any other count by
-# 10 to 25%. Apple GPUs have 8 to 80 cores and were not measured: enough for the largest.
-_THREADGROUPS = {"cuda": 396, "cuda-metal": 396, "metal": 320}
+# Threadgroups to aim at: one wave. Of the Metal text's, three fit on each of an H200's multiprocessors if its registers
+# are held down to that, and two of the tensor-core body's; other counts take 10 to 30% longer. Apple GPUs have 8 to 80
+# cores and were not measured: enough for the largest.
+_MULTIPROCESSORS = 132
+_THREADGROUPS = 320
+# Tensor cores pay from so many packed tokens of all KV heads on (H200: 16,384 tokens of 8 heads); below, their body's
+# start, which fills tables, takes longer than the rest.
+_TENSOR_CORE_TOKENS = 1 << 17
 _SIMDGROUPS = 4
 # Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
 _SINGLE_PASS_TILES = 32
@@ -191,6 +196,7 @@ class _Plan(NamedTuple):
     rows: int  # query rows of a threadgroup
     key_elements: int  # that one lane reads of a key
     simdgroups: int
+    resident: int = 0  # CUDA: threadgroups that must fit on a multiprocessor at once; 0: no bound
     tensor_cores: bool = False  # kernels/attend_mma.cu; key_elements is then its tokens per tile
 
 
@@ -208,13 +214,16 @@ def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
         mine = round(simdgroups * raw_tiles / max(tiles + raw_tiles, 1))
         raw_share = min(max(mine, 1 if raw_tiles else 0), simdgroups - (1 if tiles else 0))
         return _Plan(True, 1, raw_share, per_group, key_elements, simdgroups)
-    if _has_tensor_body(shape):
+    if _has_tensor_body(shape) and packed * heads >= _TENSOR_CORE_TOKENS:
         return _plan_tensor_cores(shape, packed, raw_tiles)
+    # With more query rows or longer ones a threadgroup needs so many registers that only two fit.
+    resident = 0 if shape.backend not in ("cuda", "cuda-metal") else 3 if per_group <= 4 and D <= 128 else 2
+    wave = _MULTIPROCESSORS * resident if resident else _THREADGROUPS
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(_THREADGROUPS.get(shape.backend, 64) // heads - raw_splits, 1)
+    splits = max(wave // heads - raw_splits, 1)
     # A cache that grows must not compile a new graph at every length.
     splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
-    return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS)
+    return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS, resident)
 
 
 def _has_tensor_body(shape: _Shape) -> bool:
@@ -230,12 +239,12 @@ def _has_tensor_body(shape: _Shape) -> bool:
 
 def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
     rows = shape.H // shape.Hkv * shape.L
-    tile = 32 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
+    tile = 64 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
     heads = shape.B * shape.Hkv * -(-rows // 8)
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(_THREADGROUPS["cuda"] // heads - raw_splits, 1)
+    splits = max(2 * _MULTIPROCESSORS // heads - raw_splits, 1)
     splits = min(splits, 1 << (packed // tile // _SIMDGROUPS).bit_length(), MAX_SPLITS - raw_splits)
-    return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, True)
+    return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, 2, True)
 
 
 @lru_cache(maxsize=256)
@@ -251,6 +260,8 @@ def _runner(shape: _Shape, plan: _Plan):
         *(("MASK", shape.mask), ("CAUSAL", shape.causal), ("SINGLE", plan.single), ("RC", plan.rows)),
         *(("KD", plan.key_elements), ("VD", 8), ("NSG", plan.simdgroups)),
     ]
+    if plan.resident:
+        template.append(("RESIDENT", plan.resident))
     attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
         shape.backend,
         template=template,

@@ -1,7 +1,7 @@
 """Which execution of the array work is used: Metal kernels, kernels on CUDA, or plain MLX operations.
 
-"cuda" takes a kernel written for CUDA where there is one and the text of the Metal kernels otherwise; "cuda-metal" takes
-that text always, to check and to measure on an NVIDIA GPU what Macs run.
+"cuda" takes a kernel written for CUDA where there is one and the text of the Metal kernels otherwise; "cuda-metal"
+takes that text always, to check and to measure on an NVIDIA GPU what Macs run.
 """
 
 import os
@@ -15,7 +15,7 @@ BACKENDS = ("auto", "metal", "cuda", "cuda-metal", "reference")
 
 
 def choose_backend(asked: str | None = None) -> str:
-    """'metal', 'cuda', 'cuda-metal' or 'reference': what was asked for here, or in MLX_TURBOQUANT_BACKEND, or what the device has.
+    """One of BACKENDS but 'auto': what is asked for here, or in MLX_TURBOQUANT_BACKEND, or what the device has.
 
     Raises:
         ValueError: for an unknown name, or a backend that this machine or its default device does not have.

@@ -30,6 +30,17 @@ def cuda_text(header: str, body: str) -> tuple[str, str]:
     return functions, f"{_USING}using namespace turboquant;\n{_translate(body)}"
 
 
+def launch_bounds(threads: int, resident: int) -> str:
+    """Text that keeps the registers of the kernel after it few enough for so many threadgroups on a multiprocessor.
+
+    MLX writes the kernel's signature, so the bounds have to come in with the word `__global__`.
+    """
+    return (
+        "#undef __global__\n"
+        f"#define __global__ __attribute__((global)) __attribute__((launch_bounds({threads}, {resident})))\n"
+    )
+
+
 def _translate(text: str) -> str:
     tokens, out, previous, depth = _TOKEN.findall(text), [], None, 0
     for i, token in enumerate(tokens):

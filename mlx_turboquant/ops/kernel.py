@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_turboquant.kernel_source import kernel_source
 from mlx_turboquant.ops.backend import register_backend
-from mlx_turboquant.ops.cuda_text import cuda_text
+from mlx_turboquant.ops.cuda_text import cuda_text, launch_bounds
 
 # Above this line a kernel file holds its contract and its functions, below it the body that mx.fast.metal_kernel wants.
 BODY = "// ==== body ====\n"
@@ -39,7 +39,7 @@ class Kernel:
     def text(self) -> tuple[str, str]:
         """(functions, body) in the Metal Shading Language, or in its words for CUDA."""
         functions, body = kernel_source(f"{self.name}.{self.ending}").split(BODY)
-        return "\n".join([*map(kernel_source, self.headers), functions]), body
+        return _bare("\n".join([*map(kernel_source, self.headers), functions])), _bare(body)
 
     def specialised(self, template: Sequence[tuple[str, Any]]) -> tuple[str, str]:
         """(functions, body) with the template constants written into the body.
@@ -94,6 +94,12 @@ class Kernel:
         return self.prepare(backend, **how)(list(inputs))
 
 
+def _bare(text: str) -> str:
+    """The text without comments and indentation: MLX copies all of it at every call."""
+    lines = (line.split("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
 _TYPES = {
     mx.float16: "float16_t",
     mx.bfloat16: "bfloat16_t",
@@ -121,6 +127,9 @@ def _metal(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
 
 def _cuda(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
     header, source = cuda_text(*kernel.specialised(template))
+    constants = dict(template)
+    if "RESIDENT" in constants:
+        header += launch_bounds(32 * constants["NSG"], constants["RESIDENT"])
     return mx.fast.cuda_kernel(
         name=kernel.specialised_name(template),
         input_names=list(kernel.inputs),
