@@ -24,7 +24,8 @@ ROOMS = [
     {"report", "prompt_cache_file", "generation"},
     {"reference_logits", "sizes", "evaluation"},
     {"planning"},
-    {"cli", "generate", "cache_prompt", "evaluate", "plan", "__main__", "__init__"},
+    {"verification"},
+    {"cli", "generate", "cache_prompt", "evaluate", "plan", "doctor", "__main__", "__init__"},
 ]
 RANK = {name: row for row, names in enumerate(ROOMS) for name in names}
 

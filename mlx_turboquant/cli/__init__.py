@@ -8,6 +8,7 @@ COMMANDS = {
     "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
     "evaluate": "KLD, perplexity and top-1 agreement of schemes against the fp16 cache",
     "plan": "bits for each layer under a budget of memory or quality",
+    "doctor": "this machine, its backend, and a self-test of the kernels",
     "hook": "make the literal mlx_lm.generate take --kv-scheme (opt-in)",
 }
 

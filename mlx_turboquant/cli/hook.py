@@ -27,6 +27,14 @@ def pth_line() -> str:
     )
 
 
+def status() -> str:
+    """Whether the file is there and is what `--install` would write."""
+    path = pth_path()
+    current = path.exists() and path.read_text() == pth_line()
+    state = "installed" if current else "out of date: install it again" if path.exists() else "not installed"
+    return f"{state} ({path})"
+
+
 def main() -> None:
     """Install, remove or show the hook."""
     parser = argparse.ArgumentParser(prog="mlx_turboquant hook", description=__doc__.split("\n\n")[0])
@@ -46,9 +54,7 @@ def main() -> None:
             path.unlink(missing_ok=True)
             print(f"Removed {path}." if existed else f"Nothing to remove: there is no {path}.")
         else:
-            current = path.exists() and path.read_text() == pth_line()
-            state = "installed" if current else "out of date: install it again" if path.exists() else "not installed"
-            print(f"{state} ({path})")
+            print(status())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,18 @@
+"""Kernels against plain MLX: cases as data, one function that runs a case, and what was verified where."""
+
+from mlx_turboquant.verification.cases import AttendCase, Case, DequantizeCase, EncodeCase, full, quick
+from mlx_turboquant.verification.record import RECORD, Verified
+from mlx_turboquant.verification.runner import Result, run
+
+__all__ = [
+    "RECORD",
+    "AttendCase",
+    "Case",
+    "DequantizeCase",
+    "EncodeCase",
+    "Result",
+    "Verified",
+    "full",
+    "quick",
+    "run",
+]

@@ -1,0 +1,34 @@
+"""Which kernel was verified where, by which means, and when: the one place where this is written down.
+
+`mlx_turboquant doctor` prints it, docs/kernels.md explains it. A line is added by whoever ran the kernel there.
+"""
+
+from typing import NamedTuple
+
+
+class Verified(NamedTuple):
+    """One kernel.
+
+    Attributes:
+        kernel: the name of its file in kernels/.
+        emulator: on a CPU, from its Metal text: types and address spaces, races, bounds, uninitialised memory, results.
+        cuda: on an NVIDIA GPU.
+        mac: on Metal.
+    """
+
+    kernel: str
+    emulator: str
+    cuda: str
+    mac: str
+
+
+_TESTS = "in the tests"
+_NO_MAC = "no Mac has run it yet"
+
+RECORD = (
+    Verified("attend", _TESTS, "H200, 2026-11-22", _NO_MAC),
+    Verified("attend_merge", _TESTS, "H200, 2026-11-22", _NO_MAC),
+    Verified("attend_mma", "cannot: CUDA only", "H200, 2026-11-22", "cannot: CUDA only"),
+    Verified("encode", _TESTS, "not yet", _NO_MAC),
+    Verified("dequantize", _TESTS, "not yet", _NO_MAC),
+)
