@@ -16,7 +16,7 @@ from mlx_turboquant.ops.kernel import Kernel, register_builder
 
 _options: dict[str, Any] = {}
 _planned: dict | None = None
-KERNELS: dict[str, Any] = {}  # by name: the emulated kernel objects, with `metal_source` and `typecheck`
+KERNELS: dict[str, Any] = {}  # by name: the emulated kernel of the last call, with `metal_source` and `counts`
 CALLS: dict[str, dict[str, Any]] = {}  # by name: the arguments of the last call, as `metal_source` takes them
 
 
@@ -24,11 +24,10 @@ class _Emulated:
     """Stands where the result of mx.fast.metal_kernel would stand."""
 
     def __init__(self, kernel: Kernel, template: tuple):
-        header, source = kernel.text
+        header, source = kernel.specialised(template)
         self.name = kernel.name
-        self.template = list(template)
-        self.kernel = KERNELS[kernel.name] = metal_kernel(
-            name=f"mlx_turboquant_{kernel.name}",
+        self.kernel = metal_kernel(
+            name=kernel.specialised_name(template),
             input_names=list(kernel.inputs),
             output_names=list(kernel.outputs),
             header=header,
@@ -36,11 +35,11 @@ class _Emulated:
         )
 
     def __call__(self, **call: Any) -> list[mx.array]:
-        call["template"] = self.template
+        KERNELS[self.name] = self.kernel
         # Shapes in place of arrays: another thread compiles, and MLX evaluates an array only in its own.
         CALLS[self.name] = call | {"inputs": [(x.shape, x.dtype) for x in call["inputs"]]}
         if _planned is not None:
-            _planned.setdefault((self.name, _key(call)), (self.kernel, CALLS[self.name]))
+            _planned.setdefault((self.kernel.name, *_key(call)), (self.kernel, CALLS[self.name]))
             pairs = zip(call["output_shapes"], call["output_dtypes"], strict=True)
             return [mx.zeros(shape, dtype) for shape, dtype in pairs]
         mx.eval(call["inputs"])
@@ -50,7 +49,7 @@ class _Emulated:
 def _key(call: dict[str, Any]) -> tuple:
     """What decides which text is compiled."""
     inputs = tuple((x.dtype, x.ndim, x.size < 8) for x in call["inputs"])
-    return inputs, tuple(call["template"]), tuple(call["output_dtypes"])
+    return inputs, tuple(call["output_dtypes"])
 
 
 @contextmanager

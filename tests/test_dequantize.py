@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zlib
 
 import kernel_emulator
 import metal_emu
@@ -27,7 +28,7 @@ def f64(x):
 
 
 class Stored:
-    """Random packed rows of a case in buffers with room: one block before them and more after, full of large numbers."""
+    """Random packed rows of a case in buffers with room: a block before them and more after, full of large numbers."""
 
     def __init__(self, case, seed=0):
         rng, dtype = np.random.default_rng(seed), DTYPES[case.dtype]
@@ -137,9 +138,8 @@ def test_every_kind_of_kernel_type_checks(backend):
 def test_the_text_is_what_mlx_would_compile(backend, capfd):
     Stored(FEW[0]).decoded(backend)
     kernel, call = kernel_emulator.KERNELS["dequantize"], kernel_emulator.CALLS["dequantize"]
-    header, source = ops._DEQUANTIZE.text
     names = dict(input_names=list(ops._DEQUANTIZE.inputs), output_names=list(ops._DEQUANTIZE.outputs))
-    traced = mx.fast.metal_kernel(name="mlx_turboquant_dequantize", header=header, source=source, **names)
+    traced = mx.fast.metal_kernel(name=kernel.name, header=kernel.header, source=kernel.source, **names)
     arguments = {k: v for k, v in call.items() if k != "inputs"}
     with tempfile.TemporaryDirectory() as folder:
         mx.export_function(
@@ -200,8 +200,8 @@ def test_rows_that_are_not_whole_blocks_of_the_buffers_are_refused(start, stop):
 @pytest.mark.parametrize("backend", [EMULATOR])
 def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, monkeypatch):
     header, body = ops._DEQUANTIZE.text
-    kernel = ops._DEQUANTIZE
-    broken = type(kernel)("dequantize", kernel.inputs, kernel.outputs, kernel.headers)
+    kernel = ops._DEQUANTIZE  # another name, since kernels are built once for each
+    broken = type(kernel)(f"dequantize_{zlib.crc32(wrong.encode())}", kernel.inputs, kernel.outputs, kernel.headers)
     assert right in header + body
     broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
     monkeypatch.setattr(ops, "_DEQUANTIZE", broken)

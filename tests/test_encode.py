@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import warnings
+import zlib
 
 import kernel_emulator
 import metal_emu
@@ -133,9 +134,8 @@ def test_the_text_is_what_mlx_would_compile(backend, capfd):
     case = FEW[0]
     run(case, backend)
     kernel, call = kernel_emulator.KERNELS["encode"], kernel_emulator.CALLS["encode"]
-    header, source = ops._ENCODE.text
     names = dict(input_names=list(ops._ENCODE.inputs), output_names=list(ops._ENCODE.outputs))
-    traced = mx.fast.metal_kernel(name="mlx_turboquant_encode", header=header, source=source, **names)
+    traced = mx.fast.metal_kernel(name=kernel.name, header=kernel.header, source=kernel.source, **names)
     arguments = {k: v for k, v in call.items() if k != "inputs"}
     with tempfile.TemporaryDirectory() as folder:
         mx.export_function(
@@ -295,7 +295,8 @@ def test_rows_that_are_not_whole_blocks_of_the_buffer_are_refused(start, stop):
 @pytest.mark.parametrize("backend", [EMULATOR])
 def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, monkeypatch):
     header, body = ops._ENCODE.text
-    broken = type(ops._ENCODE)("encode", ops._ENCODE.inputs, ops._ENCODE.outputs, ops._ENCODE.headers)
+    kernel = ops._ENCODE  # another name, since kernels are built once for each
+    broken = type(kernel)(f"encode_{zlib.crc32(wrong.encode())}", kernel.inputs, kernel.outputs, kernel.headers)
     assert right in header + body
     broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
     monkeypatch.setattr(ops, "_ENCODE", broken)
