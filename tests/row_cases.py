@@ -132,6 +132,9 @@ OTHERS = [
     Case(D=240, group=120, bits=8),
 ]
 CASES = WIDTHS_AND_SIZES + OTHERS
+# A GPU compiles each kernel for seconds: it gets a third of them.
+PAIRS = [pytest.param(case, *EMULATOR.values, marks=EMULATOR.marks, id=f"{case}-emulator") for case in CASES]
+PAIRS += [pytest.param(case, OWN, id=f"{case}-{OWN}") for case in CASES[::3] if OWN != "reference"]
 # One of each path: powers of two or not, one group or several, masks.
 FEW = [
     Case(block=64),

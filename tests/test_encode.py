@@ -11,8 +11,9 @@ import metal_emu
 import mlx.core as mx
 import numpy as np
 import pytest
-from row_cases import BACKENDS, CASES, DTYPES, EMULATOR, FEW, ORDERS, Case
+from row_cases import BACKENDS, CASES, DTYPES, EMULATOR, FEW, ORDERS, PAIRS, Case
 
+from mlx_turboquant import TurboQuantKVCache
 from mlx_turboquant.conditioning import block_centers, subtract_centers
 from mlx_turboquant.ops import encode as ops
 from mlx_turboquant.ops import lloyd_max
@@ -86,8 +87,7 @@ def built():
             run(case, "emulator")
 
 
-@on_each_backend
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "backend"), PAIRS)
 def test_codes_scales_and_centers_are_those_of_plain_mlx(case, backend, built):
     rows = case.rows()
     assert_right(case, run(case, backend, rows, typecheck=False), rows)
@@ -304,3 +304,20 @@ def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, monkeypatch):
     rows = case.rows()
     with pytest.raises((AssertionError, metal_emu.KernelError)):
         assert_right(case, run(case, backend, rows), rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scheme", ["turbo4v2:sinks=3", "turbo3:group=16,center=0", "turbo8v4:block=32,rotation=dense"])
+def test_a_cache_is_compressed_and_cut_as_with_plain_mlx(backend, scheme, monkeypatch, random_rows):
+    rows, decoded = random_rows(B=2, T=200), []
+    for chosen in ("reference", backend):
+        monkeypatch.setenv("MLX_TURBOQUANT_BACKEND", chosen)
+        cache = TurboQuantKVCache(scheme)
+        cache.update_and_fetch(*rows)
+        assert cache.compress() >= 128
+        cache.trim(90)  # cuts a block, which is decoded
+        keys, values = cache.keys_and_values()
+        decoded.append([f64(side.dense(64)) for side in (keys, values)])
+    for wanted, got in zip(*decoded, strict=True):
+        off = np.abs(got - wanted).max(axis=-1)
+        assert np.mean(off < 5e-3) >= 0.99
