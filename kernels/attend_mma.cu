@@ -1,7 +1,7 @@
 // kernels/attend.metal's first pass again, on NVIDIA's tensor cores: same inputs, same output, same grid.
 //
 // It takes two-pass calls with one scale per row (KG = VG = 1) in float16 or bfloat16 with D = 64, 128 or 256, RC = 8
-// and VD unused; KD is the number of packed tokens that a simdgroup takes at a time (16, 32 or 64). Inputs, output and the other template constants are those of attend.metal. 32 * NSG threads.
+// and VD unused; SHARED_BYTES is the room of tables (128 bytes an entry) or of NSG * 8 * D sums; KD is the number of packed tokens that a simdgroup takes at a time (16, 32 or 64). Inputs, output and the other template constants are those of attend.metal. 32 * NSG threads.
 //
 // Scores are S = Q K^T by mma.m16n8k16: 8 query rows (the other 8 are zeros) times 8 keys, 16 elements at a time. A lane
 // reads D / 4 neighbouring elements of one key; the queries' elements are taken in the same order, which changes no
@@ -70,17 +70,14 @@ struct Lookup {
 
 // The table of BITS: 2, 3 and 4 bits look up a pair of codes, 8 bits one code.
 template <int BITS> struct Table {
-  static constexpr int COUNT = BITS == 0 ? 0 : BITS == 2 ? 16 : BITS == 3 ? 64 : 256;
-  static constexpr int LANES = BITS == 8 ? 8 : 32;  // copies
-  static constexpr int WORDS = COUNT * LANES > 0 ? COUNT * LANES : 1;
+  static constexpr int COUNT = BITS == 0 ? 0 : BITS == 2 ? 16 : 256;
+  static constexpr int WORDS = COUNT * 32 > 0 ? COUNT * 32 : 1;
   METAL_FUNC static void fill(threadgroup uint* table, uint tid, uint threads) {
-    for (uint i = tid; i < uint(COUNT * LANES); i += threads) {
-      uint e = i / LANES;
+    for (uint i = tid; i < uint(COUNT * 32); i += threads) {
+      uint e = i / 32;
       float low = 0.0f, high = 0.0f;
       if (BITS == 2) { low = codebook_2[e & 3], high = codebook_2[e >> 2]; }
-      if (BITS == 3) {
-        low = codebook_3[(e & 3) | (e >> 4 & 1) << 2], high = codebook_3[(e >> 2 & 3) | (e >> 5) << 2];
-      }
+      if (BITS == 3) { low = codebook_3[e & 7], high = codebook_3[e >> 4 & 7]; }  // in fields of 4 bits
       if (BITS == 4) { low = codebook_4[e & 15], high = codebook_4[e >> 4]; }
       if (BITS == 8) { low = codebook_8[e]; }
       table[i] = pack_halves(low, high);
@@ -88,7 +85,7 @@ template <int BITS> struct Table {
   }
   // The entry at index (word >> shift) modulo COUNT, of the lane's own copy: `mine` is its place in bytes.
   METAL_FUNC static uint at(Lookup table, uint word, int shift) {
-    constexpr int LOG = LANES == 32 ? 7 : 5;  // of the bytes of an entry
+    constexpr int LOG = 7;  // of the bytes of an entry
     uint place = shift >= LOG ? word >> (shift - LOG) : word << (LOG - shift);
     return *(threadgroup const uint*)(table.base + and_or(place, (COUNT - 1) << LOG, table.mine));
   }
@@ -122,20 +119,26 @@ template <typename T, int BITS, int N> struct KeyRun {
     return Table<BITS>::at(table, word, p % PER * 2 * BITS);
   }
 };
+// 3 bits become fields of 4 bits, of even and of odd elements (codes.h). So a pair is of elements 4 i and 4 i + 2, or of
+// 4 i + 1 and 4 i + 3, and queries are stored in that order.
+METAL_FUNC void fields_of(uint low, uint high, thread uint& even, thread uint& odd) {
+  even = (low & 0x33333333u) | (high & 0x44444444u);
+  odd = ((low >> 2) & 0x33333333u) | ((high >> 1) & 0x44444444u);
+}
+METAL_FUNC uint order_of_3_bits(uint i) { return (i & ~3u) | (i & 1u) << 1 | (i >> 1 & 1u); }
 template <typename T, int N> struct KeyRun<T, 3, N> {
   KeyRun<T, 2, N> low;
-  uint high;  // N = 16, 32 or 64 bits of the second plane; the upper half of 64 in `more`
-  uint more;
+  uint high[N / 32 > 0 ? N / 32 : 1];
   METAL_FUNC void load(const device uint* row, uint first, int dim) {
     low.load(row, first, dim);
-    const device uint* plane = row + dim / 16;
-    if (N == 16) { high = ((const device ushort*)plane)[first / 16]; } else { high = plane[first / 32]; }
-    if (N == 64) { more = plane[first / 32 + 1]; }
+#pragma unroll
+    for (int i = 0; i < (N / 32 > 0 ? N / 32 : 1); i++) { high[i] = row[dim / 16 + first / 32 + i]; }
+    if (N == 16) { high[0] <<= (first & 16u) >> 3; }
   }
   METAL_FUNC uint pair(int p, Lookup table) const {
-    uint lows = low.words[p / 8] >> (p % 8 * 4) & 15u;
-    uint bits = N == 64 && p >= 16 ? more : high;
-    return Table<3>::at(table, lows | (bits >> (p % 16 * 2) & 3u) << 4, 0);
+    uint even, odd;  // the compiler computes them once for the 8 pairs of a word
+    fields_of(low.words[p / 8], high[p / 16] << (p / 8 % 2 * 2), even, odd);
+    return Table<3>::at(table, p % 2 == 0 ? even : odd, p % 8 / 2 * 8);
   }
 };
 template <typename T, int N> struct KeyRun<T, 0, N> {
@@ -203,27 +206,30 @@ template <typename T, int N> struct ValuePairs<T, 8, N> {
 };
 template <typename T, int N> struct ValueRun<T, 3, N> {
   ValueRun<T, 2, N> low;
-  uint high;  // N bits of the second plane
+  uint high;
   METAL_FUNC void load(const device uint* row, uint first, int dim) {
     low.load(row, first, dim);
-    const device uint* plane = row + dim / 16;
-    if (N == 8) { high = ((const device uchar*)plane)[first / 8]; }
-    if (N == 16) { high = ((const device ushort*)plane)[first / 16]; }
-    if (N == 32) { high = plane[first / 32]; }
+    high = row[dim / 16 + first / 32];
+    if (N < 32) { high <<= (first & 16u) >> 3; }
+    if (N == 8) { high >>= (first & 8u) << 1; }
+  }
+  // Elements 0, 2, .. or 1, 3, .. as 4-bit codes.
+  METAL_FUNC ValueRun<T, 4, N / 2> fields(int parity) const {
+    ValueRun<T, 4, N / 2> out;
+#pragma unroll
+    for (int i = 0; i < (N < 16 ? 1 : N / 16); i++) {
+      uint even, odd;
+      fields_of(low.words[i], high << (i * 2), even, odd);
+      out.words[i] = parity == 0 ? even : odd;
+    }
+    return out;
   }
 };
 template <typename T, int N> struct ValuePairs<T, 3, N> {
-  ValuePairs<T, 2, N> low;
-  uint even, odd;
-  METAL_FUNC ValuePairs(const ValueRun<T, 3, N>& a, const ValueRun<T, 3, N>& b) : low(a.low, b.low) {
-    even = (a.high & 0x55555555u) | ((b.high << 1) & 0xaaaaaaaau);
-    odd = ((a.high >> 1) & 0x55555555u) | (b.high & 0xaaaaaaaau);
-  }
-  METAL_FUNC uint pair(int i, Lookup table) const {
-    uint lows = (i % 2 == 0 ? low.even : low.odd)[i / 16] >> (i / 2 % 8 * 4) & 15u;
-    uint highs = (i % 2 == 0 ? even : odd) >> (i / 2 * 2) & 3u;
-    return Table<3>::at(table, lows | highs << 4, 0);
-  }
+  ValuePairs<T, 4, N / 2> even, odd;
+  METAL_FUNC ValuePairs(const ValueRun<T, 3, N>& a, const ValueRun<T, 3, N>& b)
+      : even(a.fields(0), b.fields(0)), odd(a.fields(1), b.fields(1)) {}
+  METAL_FUNC uint pair(int i, Lookup table) const { return (i % 2 == 0 ? even : odd).pair(i / 2, table); }
 };
 template <typename T, int N> struct ValueRun<T, 0, N> {
   KeyRun<T, 0, N> run;
@@ -302,10 +308,8 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   constexpr int TILE = KD, BLOCKS = TILE / 8, PAIRS = TILE / 16;
   constexpr uint rows = G * L, chunks = (rows + 7) / 8;
   constexpr bool SHARE = KB == VB;
-  constexpr int TABLES = Table<KB>::WORDS + (SHARE ? 0 : Table<VB>::WORDS);
-  constexpr int SHARED = TABLES > NSG * 8 * D ? TABLES : NSG * 8 * D;
-
-  threadgroup uint shared_words[SHARED];  // tables; in the end each simdgroup's sums
+  
+  extern __shared__ uint shared_words[];  // SHARED_BYTES: tables; in the end each simdgroup's sums
   threadgroup uint plain[8 * D / 2];      // queries as half2, each row divided by a power of two
   threadgroup uint turned[8 * D / 2];
   threadgroup float plain_factor[8];
@@ -365,7 +369,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + lane;
       ((threadgroup half*)plain)[r * D + i] = half(x[e] / power);
-      ((threadgroup half*)turned)[r * D + i] = half(y[e] / power_turned);
+      ((threadgroup half*)turned)[r * D + (KB == 3 ? order_of_3_bits(i) : i)] = half(y[e] / power_turned);
     }
     if (lane == 0) {
       plain_factor[r] = power * table[0] * LOG2E;
@@ -378,8 +382,8 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     if (!SHARE) { Table<VB>::fill(shared_words + SECOND, tid, 32 * NSG); }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  Lookup ktable = {(threadgroup const char*)shared_words, lane % Table<KB>::LANES * 4};
-  Lookup vtable = {(threadgroup const char*)(shared_words + SECOND), lane % Table<VB>::LANES * 4};
+  Lookup ktable = {(threadgroup const char*)shared_words, lane * 4};
+  Lookup vtable = {(threadgroup const char*)(shared_words + SECOND), lane * 4};
 
   Sums<D> sums;
   sums.top = NO_KEY;

@@ -53,16 +53,19 @@ template <typename T, int N> struct Run<T, 8, N> {
   METAL_FUNC float value(int i, float, threadgroup const float* wide) const { return wide[plane.at(i) & 255u]; }
 };
 
-// 3 bits are a plane of the two low bits and, 2 * dim bits further, rounded up to a word, one of the high bits.
+// 3 bits are a plane of the two low bits and, 2 * dim bits further, rounded up to a word, one of the high bits, in the
+// order of packing.py: a few operations make words of 4-bit fields of them, of the even and of the odd elements.
 template <typename T, int N> struct Run<T, 3, N> {
-  Plane<2, N> low;
-  Plane<1, N> high;
+  uint even, odd;  // N is 8 or 16
   METAL_FUNC void load(const device uint* row, uint first, int dim) {
-    low.load(row, first);
-    high.load(row + (2 * dim + 31) / 32, first);
+    uint high = row[(2 * dim + 31) / 32 + first / 32] << ((first & 16u) >> 3);
+    uint low = N == 16 ? row[first / 16] : ((const device ushort*)row)[first / 8];
+    if (N == 8) { high >>= (first & 8u) << 1; }
+    even = (low & ~0x44444444u) | (high & 0x44444444u);
+    odd = ((low >> 2) & ~0x44444444u) | ((high >> 1) & 0x44444444u);
   }
   METAL_FUNC float value(int i, float table, threadgroup const float*) const {
-    return centroid_of_lane(table, (low.at(i) & 3u) | ((high.at(i) & 1u) << 2));
+    return centroid_of_lane(table, (i % 2 == 0 ? even : odd) >> (i / 2 * 4));  // bits above the third are ignored
   }
 };
 

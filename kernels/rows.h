@@ -145,6 +145,25 @@ METAL_FUNC void rotate_rows(thread float* x, const device float* hartley, uint j
 
 // ---- codes of WIDTH bits in one plane (mlx_turboquant/packing.py), code e of a lane at bit e * WIDTH of its words
 
+// The plane of the high bits of 3-bit codes, the only one of width 1, is stored in another order, see packing.py.
+METAL_FUNC uint spread_pairs(uint bits) {
+  bits = (bits | (bits << 8)) & 0x00ff00ffu;
+  bits = (bits | (bits << 4)) & 0x0f0f0f0fu;
+  return (bits | (bits << 2)) & 0x33333333u;
+}
+METAL_FUNC uint gather_pairs(uint bits) {
+  bits &= 0x33333333u;
+  bits = (bits | (bits >> 2)) & 0x0f0f0f0fu;
+  bits = (bits | (bits >> 4)) & 0x00ff00ffu;
+  return (bits | (bits >> 8)) & 0xffffu;
+}
+template <int WIDTH> METAL_FUNC uint stored_order(uint word) {
+  return WIDTH == 1 ? (spread_pairs(word & 0xffffu) << 2) | spread_pairs(word >> 16) : word;
+}
+template <int WIDTH> METAL_FUNC uint code_order(uint word) {
+  return WIDTH == 1 ? gather_pairs(word >> 2) | (gather_pairs(word) << 16) : word;
+}
+
 // Lanes whose runs are shorter than a word join them by shuffles; one of them writes the word.
 template <int D, int PER, int WIDTH> METAL_FUNC void store_plane(device uint* plane, uint j, const thread uint* words) {
   constexpr int TWO = D & -D;
@@ -171,7 +190,7 @@ template <int D, int PER, int WIDTH> METAL_FUNC void store_plane(device uint* pl
     }
 #pragma unroll
     for (int step = 1; step < SPAN; step *= 2) { word |= simd_shuffle_xor(word, ushort(step)); }
-    if (j % SPAN == 0) { plane[first * TWO * WIDTH / 32 + j * RUN / 32] = word; }
+    if (j % SPAN == 0) { plane[first * TWO * WIDTH / 32 + j * RUN / 32] = stored_order<WIDTH>(word); }
   }
 }
 
@@ -187,7 +206,7 @@ template <int D, int PER, int WIDTH> METAL_FUNC void load_plane(const device uin
       load_words<WORDS>(plane + o * TWO * WIDTH / 32 + j * WORDS, words + o * WORDS);
     } else {
       uint bit = uint(o * TWO * WIDTH) + j * RUN;
-      uint run = (plane[bit / 32] >> (bit % 32)) & ((1u << (RUN % 32)) - 1u);
+      uint run = (code_order<WIDTH>(plane[bit / 32]) >> (bit % 32)) & ((1u << (RUN % 32)) - 1u);
       words[o * RUN / 32] = (o * RUN % 32 == 0 ? 0u : words[o * RUN / 32]) | (run << (o * RUN % 32));
     }
   }

@@ -1,7 +1,10 @@
 """Codes to and from 32-bit words, without loss and without a code that straddles two words.
 
 Widths 1, 2, 4 and 8 divide a word: word w holds codes w * (32 / bits) and on, the first in the lowest bits. A 3-bit
-code is stored as two planes, its two low bits and then its high bit, so that a kernel reads both with shifts alone.
+code is stored as two planes, its two low bits and then its high bit. The high bits of 32 codes lie in their word so
+that they meet the low bits of eight codes at a time: those of codes 2 k and 2 k + 1 at bits 4 k + 2 and 4 k + 3 for the
+first 16 codes, at bits 4 k and 4 k + 1 for the other 16. Then `(low & 0x33333333) | (high & 0x44444444)` is eight
+codes, the even ones of 16, in fields of four bits; both words shifted right, by two bits and by one, give the odd ones.
 """
 
 import mlx.core as mx
@@ -23,7 +26,8 @@ def pack_codes(codes: mx.array, bits: int) -> mx.array:
     codes = codes.astype(mx.uint32)
     planes, shift = [], 0
     for width in _planes(bits):
-        planes.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
+        plane = _pack_plane((codes >> shift) & ((1 << width) - 1), width)
+        planes.append(_spread(plane) if bits == 3 and width == 1 else plane)
         shift += width
     return planes[0] if len(planes) == 1 else mx.concatenate(planes, axis=-1)
 
@@ -41,7 +45,8 @@ def unpack_codes(words: mx.array, bits: int, dim: int) -> mx.array:
     codes, shift, start = None, 0, 0
     for width in _planes(bits):
         stop = start + _plane_words(dim, width)
-        plane = _unpack_plane(words[..., start:stop], width, dim) << shift
+        plane = words[..., start:stop]
+        plane = _unpack_plane(_gather(plane) if bits == 3 and width == 1 else plane, width, dim) << shift
         codes = plane if codes is None else codes | plane
         shift, start = shift + width, stop
     return codes
@@ -55,6 +60,29 @@ def _planes(bits: int) -> tuple[int, ...]:
 
 def _plane_words(dim: int, width: int) -> int:
     return -(-dim * width // 32)
+
+
+def _spread(words: mx.array) -> mx.array:
+    """High bits of 3-bit codes from the order of the codes to the order in which they are stored."""
+    return (_spread_pairs(words & 0xFFFF) << 2) | _spread_pairs(words >> 16)
+
+
+def _gather(words: mx.array) -> mx.array:
+    """The inverse of `_spread`."""
+    return _gather_pairs(words >> 2) | (_gather_pairs(words) << 16)
+
+
+def _spread_pairs(words: mx.array) -> mx.array:
+    for step, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333)):
+        words = (words | (words << step)) & mask
+    return words
+
+
+def _gather_pairs(words: mx.array) -> mx.array:
+    words = words & 0x33333333
+    for step, mask in ((2, 0x0F0F0F0F), (4, 0x00FF00FF), (8, 0x0000FFFF)):
+        words = (words | (words >> step)) & mask
+    return words
 
 
 def _shifts(width: int) -> mx.array:

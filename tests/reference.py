@@ -33,10 +33,15 @@ def lloyd_iteration(density, low: float, high: float, bits: int) -> np.ndarray:
 def pack_row(codes: list[int], bits: int) -> list[int]:
     """The 32-bit words of one row: each plane one long integer, the first code in its lowest bits.
 
-    A 3-bit code is two planes: the low two bits of all codes, then the high bit of all codes.
+    A 3-bit code is two planes: the low two bits of all codes, then the high bit of all codes. Of 32 high bits, those of
+    the first 16 codes come in pairs at bits 2, 6, 10, .. of their word, those of the other 16 at bits 0, 4, 8, ..
     """
     if bits == 3:
-        return pack_row([code % 4 for code in codes], 2) + pack_row([code // 4 for code in codes], 1)
+        high = [0] * -(-len(codes) // 32)
+        for i, code in enumerate(codes):
+            place = 4 * (i % 16 // 2) + i % 2 + (2 if i % 32 < 16 else 0)
+            high[i // 32] |= (code // 4) << place
+        return pack_row([code % 4 for code in codes], 2) + high
     number = sum(code << (bits * i) for i, code in enumerate(codes))
     words = -(-len(codes) * bits // 32)
     return [(number >> (32 * w)) % 2**32 for w in range(words)]

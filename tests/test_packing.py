@@ -42,7 +42,7 @@ def test_every_bit_is_where_the_literal_packing_puts_it(case):
 
 def test_the_first_code_is_in_the_lowest_bits():
     assert pack_codes(mx.array([1, 2, 15]), 4).tolist() == [0xF21]
-    assert pack_codes(mx.array([5, 2, 7]), 3).tolist() == [0b11_10_01, 0b1_0_1]  # low planes, then high planes
+    assert pack_codes(mx.array([5, 2, 7]), 3).tolist() == [0b11_10_01, 0b0100_0100]  # low bits, then high bits
 
 
 @pytest.mark.parametrize(

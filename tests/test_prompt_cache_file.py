@@ -193,7 +193,7 @@ def test_somebody_elses_weights_are_refused(tmp_path):
 
 WRONG_STATES = [
     ((), "begins with its format version"),
-    (lambda s: (2, *s[1:]), "format version 1 is supported, got 2"),
+    (lambda s: (1, *s[1:]), "format version 2 is supported, got 1"),
     (lambda s: s[:-1], "has 12 parts, got 11"),
     (lambda s: (*s[:1], "turbo5", *s[2:]), "key bits of a turbo scheme must be"),
     (lambda s: (*s[:1], "fp16", *s[2:]), "wants a turbo scheme"),

@@ -16,7 +16,7 @@ from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the high bits of 3-bit codes lie in another order
 _PARTS = 12
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 

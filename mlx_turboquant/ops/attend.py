@@ -220,7 +220,7 @@ def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
     resident = 0 if shape.backend not in ("cuda", "cuda-metal") else 3 if per_group <= 4 and D <= 128 else 2
     wave = _MULTIPROCESSORS * resident if resident else _THREADGROUPS
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(wave // heads - raw_splits, 1)
+    splits = max(wave // heads, 1)  # the few raw ones end early and make room
     # A cache that grows must not compile a new graph at every length.
     splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS, resident)
@@ -242,7 +242,7 @@ def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
     tile = 64 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
     heads = shape.B * shape.Hkv * -(-rows // 8)
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(2 * _MULTIPROCESSORS // heads - raw_splits, 1)
+    splits = max(2 * _MULTIPROCESSORS // heads, 1)
     splits = min(splits, 1 << (packed // tile // _SIMDGROUPS).bit_length(), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, 2, True)
 
@@ -262,6 +262,11 @@ def _runner(shape: _Shape, plan: _Plan):
     ]
     if plan.resident:
         template.append(("RESIDENT", plan.resident))
+    if plan.tensor_cores:
+        # A table of 2, 3, 4 and 8 bits has so many entries, each 32 times 4 bytes; sums take the same room afterwards.
+        entries = {0: 0, 2: 16, 3: 256, 4: 256, 8: 256}
+        tables = sum(entries[bits] for bits in {shape.key_bits, shape.value_bits})
+        template.append(("SHARED_BYTES", max(128 * tables, 4 * plan.simdgroups * 8 * D)))
     attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
         shape.backend,
         template=template,

@@ -127,6 +127,7 @@ def _metal(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
 
 def _cuda(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
     header, source = cuda_text(*kernel.specialised(template))
+    # Two template constants speak to CUDA: how many threadgroups must fit on a multiprocessor, and dynamic memory.
     constants = dict(template)
     if "RESIDENT" in constants:
         header += launch_bounds(32 * constants["NSG"], constants["RESIDENT"])
@@ -136,6 +137,7 @@ def _cuda(kernel: Kernel, template: tuple[tuple[str, Any], ...]) -> Callable:
         output_names=list(kernel.outputs),
         header=header,
         source=source,
+        shared_memory=constants.get("SHARED_BYTES", 0),
     )
 
 
