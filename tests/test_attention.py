@@ -1,11 +1,16 @@
 """Attention over compressed rows against plain attention over the rows they decode to."""
 
+import kernel_emulator
 import mlx.core as mx
 import pytest
+from attend_cases import BACKEND, ON_GPU, UNSUPPORTED
 from schemes import TURBO
 
 from mlx_turboquant import TurboQuantKVCache, attention
 from mlx_turboquant.attention import attend
+
+with_kernels = pytest.mark.skipif(bool(UNSUPPORTED), reason=UNSUPPORTED)
+each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param(BACKEND, marks=with_kernels)])
 
 
 def plain(queries, keys, values, scale, mask=None, sinks=None):
@@ -42,9 +47,9 @@ def case(scheme="turbo4", T=300, D=64, Dv=None, B=1, heads=4, kv_heads=2, L=1, d
     return queries, packed, tuple(rows.dense(64) for rows in packed)
 
 
-def check(queries, packed, dense, tolerance=3e-5, **kwargs):
+def check(queries, packed, dense, tolerance=3e-5, backend=None, **kwargs):
     scale = queries.shape[-1] ** -0.5
-    out = attend(queries, *packed, scale, **kwargs)
+    out = attend(queries, *packed, scale, **kwargs, backend=backend)
     assert out.dtype == queries.dtype
     assert mx.abs(out - plain(queries, *dense, scale, **kwargs)).max() < tolerance
 
@@ -53,6 +58,24 @@ def check(queries, packed, dense, tolerance=3e-5, **kwargs):
 @pytest.mark.parametrize("L", [1, 5])
 def test_every_scheme_equals_plain_attention_over_what_it_stores(scheme, L):
     check(*case(scheme, L=L), mask="causal")
+
+
+@pytest.fixture(scope="module")
+def kernels_of_all_schemes():
+    """Compiled, two at a time."""
+    if not ON_GPU:
+        with kernel_emulator.prebuilding(check=False):
+            for scheme in TURBO:
+                queries, packed, _ = case(scheme, L=2)
+                attend(queries, *packed, 0.125, "causal", backend=BACKEND)
+
+
+@with_kernels
+@pytest.mark.filterwarnings("ignore:.*because the rotation is a dense matrix")
+@pytest.mark.parametrize("scheme", TURBO)
+def test_kernels_read_every_scheme(scheme, kernels_of_all_schemes):
+    with kernel_emulator.options(typecheck=False):
+        check(*case(scheme, L=2), mask="causal", backend=BACKEND)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
@@ -89,11 +112,12 @@ def test_pieces_add_up_whatever_their_size(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(300,), (3, 300), (1, 1, 3, 300), (2, 1, 3, 300), (2, 4, 3, 300), (1, 4, 1, 300)])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(shape, kind):
+@each_backend
+def test_masks(shape, kind, backend):
     queries, packed, dense = case(B=2, L=3)
     keep = mx.random.bernoulli(0.5, shape, key=mx.random.key(8))
     mask = keep if kind == "boolean" else mx.where(keep, mx.random.normal(shape), -mx.inf)
-    check(queries, packed, dense, mask=mask)
+    check(queries, packed, dense, mask=mask, backend=backend)
 
 
 def test_a_fully_masked_row_is_zero():
