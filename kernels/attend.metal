@@ -10,10 +10,10 @@
 //   tail_k, tail_v  (B, Hkv, tcap, D) T    the newest tokens
 //   balance    (B, Hkv, D) float32         keys were multiplied with it; not read unless BALANCE
 //   table      float32: the scale of the scores, 7 unused; the rotation's signs (D,) and Hartley matrix, see rotation.h
-//   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
-//   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   sizes      int32: cap, tcap, S, packed splits, raw splits (in a single pass: simdgroups), mask strides of B, H, L;
 //              then for each sequence its valid rows of sinks, packed rows and tail, and 0
+//   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
+//   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 // Output
 //   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
 //              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T

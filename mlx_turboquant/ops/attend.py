@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_turboquant.ops.backend import BACKENDS
 from mlx_turboquant.ops.kernel import Kernel
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
@@ -28,7 +29,7 @@ _SINGLE_PASS_SIMDGROUPS = 8
 _HEADERS = ("codebooks.h", "codes.h", "rotation.h")
 _INPUTS = (
     *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
-    *("balance", "mask", "logits", "table", "sizes"),
+    *("balance", "table", "sizes", "mask", "logits"),
 )
 _ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
 _ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
@@ -141,12 +142,10 @@ def attend(
         tail_k,
         tail_v,
         nothing if balance is None else balance,
-        nothing if mask is None else mask,
-        nothing if logits is None else logits,
         _table(keys.rotation or values.rotation, scale),
         sizes,
     ]
-    out = run(inputs)
+    out = run(*inputs, *(array for array in (mask, logits) if array is not None))
     return out if asked == dtype else out.astype(asked)
 
 
@@ -220,10 +219,16 @@ def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
     resident = 0 if shape.backend not in ("cuda", "cuda-metal") else 3 if per_group <= 4 and D <= 128 else 2
     wave = _MULTIPROCESSORS * resident if resident else _THREADGROUPS
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(wave // heads, 1)  # the few raw ones end early and make room
+    splits = _splits_of_a_wave(wave, heads, raw_splits)
     # A cache that grows must not compile a new graph at every length.
     splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS, resident)
+
+
+def _splits_of_a_wave(wave: int, heads: int, raw_splits: int) -> int:
+    """Splits of packed tokens so that all threadgroups run at once; of many heads, the short raw ones may come late."""
+    splits = wave // heads
+    return max(splits - raw_splits if splits > 8 else splits, 1)
 
 
 def _has_tensor_body(shape: _Shape) -> bool:
@@ -242,7 +247,7 @@ def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
     tile = 64 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
     heads = shape.B * shape.Hkv * -(-rows // 8)
     raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = max(2 * _MULTIPROCESSORS // heads, 1)
+    splits = _splits_of_a_wave(2 * _MULTIPROCESSORS, heads, raw_splits)
     splits = min(splits, 1 << (packed // tile // _SIMDGROUPS).bit_length(), MAX_SPLITS - raw_splits)
     return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, 2, True)
 
@@ -275,8 +280,17 @@ def _runner(shape: _Shape, plan: _Plan):
         output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
         output_dtypes=[shape.dtype if plan.single else mx.float32],
     )
+    nothing = _padding(shape.dtype)
+    # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more.
+    compiled = mx.compile if shape.backend in BACKENDS else lambda function: function
+
+    def optional(inputs: tuple[mx.array, ...]) -> list[mx.array]:
+        """The mask and the sink logits, which are the last inputs where there are any."""
+        rest = list(inputs)
+        return [rest.pop(0) if wanted else nothing for wanted in (shape.mask > 0, shape.logits)]
+
     if plan.single:
-        return lambda inputs: attend_rows(inputs)[0]
+        return compiled(lambda *inputs: attend_rows([*inputs[:13], *optional(inputs[13:])])[0])
     merge = _MERGE.prepare(
         shape.backend,
         template=[("T", shape.dtype), *common, ("H", H), ("SPLITS", splits), ("RAW", plan.raw_splits), ("NSG", 8)],
@@ -286,12 +300,13 @@ def _runner(shape: _Shape, plan: _Plan):
         output_dtypes=[shape.dtype],
     )
 
-    def run(inputs: list[mx.array]) -> mx.array:
-        (sums,) = attend_rows(inputs)
+    def run(*inputs: mx.array) -> mx.array:
+        mask, logits = optional(inputs[13:])
+        (sums,) = attend_rows([*inputs[:13], mask, logits])
         assert sums.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
-        return merge([sums, *inputs[-3:-1]])[0]
+        return merge([sums, logits, inputs[11]])[0]
 
-    return run
+    return compiled(run)
 
 
 def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
