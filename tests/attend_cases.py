@@ -182,11 +182,15 @@ def _exact(x: mx.array) -> np.ndarray:
 
 @contextmanager
 def forced(passes: int, **plan):
-    """Inside, attention takes so many passes, and fields of its plan (splits, raw_splits) are these."""
+    """Inside, attention takes so many passes, and fields of its plan (splits, raw_splits) are these.
+
+    CUDA uses tensor cores wherever it can.
+    """
     _forget()
     choose = ops._plan
     with (
         mock.patch.object(ops, "_SINGLE_PASS_TILES", -1 if passes == 2 else 1 << 30),
+        mock.patch.object(ops, "_TENSOR_CORE_TOKENS", 0),
         mock.patch.object(ops, "_plan", (lambda *shape: choose(*shape)._replace(**plan)) if plan else choose),
     ):
         yield
