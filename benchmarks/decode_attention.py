@@ -8,8 +8,8 @@ each with its own cache so that no cache memory helps from one to the next, run 
 being the query of the next, as in a model; a step is built while the last one runs, as mlx-lm does it (async_eval).
 Times are of one layer: through MLX, Python included, in microseconds, the median and the spread (from the lower to the
 upper quartile) over repeats in which all contestants take turns. `bound` is the time that the bytes of the cache take
-at the memory bandwidth that copying or reading reaches in this run; GPU time is added where torch's profiler can see
-the kernels. Prints a card, a table and one line of JSON.
+at the highest memory bandwidth that this run reaches (copying, reading, fp16 attention); GPU time is added where
+torch's profiler can see the kernels. Prints a card, a table and one line of JSON.
 """
 
 import argparse
@@ -144,18 +144,22 @@ def gpu_times(table, queries, layers):
 
 
 def bandwidth_of_this_device() -> float:
-    """Bytes per second: the better of a device copy (read plus written) and of reading for a maximum."""
-    x = mx.random.normal((1 << 29,)).astype(mx.float16)
-    mx.eval(x)
+    """Bytes per second of the fastest of three: a device copy, reading for a maximum, and fp16 attention."""
+    x = mx.random.normal((8, 1 << 26)).astype(mx.float16)
+    cache = x.reshape(4, 1, 8, -1, 128)
+    query = mx.random.normal((1, 32, 1, 128)).astype(mx.float16)
+    mx.eval(x, query)
     best = 0.0
-    for run, nbytes in ((lambda i: x + i, 2 * x.nbytes), (lambda i: (x.reshape(-1, 4096)).max(axis=1), x.nbytes)):
+    for run, nbytes in (
+        (lambda: -x, 2 * x.nbytes),
+        (lambda: x.reshape(-1, 4096).max(axis=1), x.nbytes),
+        (lambda: [mx.fast.scaled_dot_product_attention(query, k, k, scale=0.1) for k in cache], 2 * x.nbytes),
+    ):
         for _ in range(5):
             mx.synchronize()
             start = time.perf_counter()
-            for i in range(4):
-                mx.eval(run(i))
-            mx.synchronize()
-            best = max(best, 4 * nbytes / (time.perf_counter() - start))
+            mx.eval(run())
+            best = max(best, nbytes / (time.perf_counter() - start))
     return best
 
 

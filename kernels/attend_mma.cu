@@ -260,6 +260,7 @@ struct Unpacked {
 template <int D> struct Sums {
   float o[D / 16][4];  // elements 2 b and 2 b + 1 of the lane's D / 8, of query rows 2 tg and 2 tg + 1
   float top, total;    // of query row gq; total over the lane's keys
+  float lift;          // weights are 2^lift times what they should be, so that times a value's scale they suit float16
 };
 
 // Scores (of row gq, keys 8 b + 2 tg and + 1) -> weights, and what was there is rescaled.
@@ -274,11 +275,11 @@ METAL_FUNC void softmax_step(Sums<D>& sums, float (&s)[BLOCKS][4], uint tg) {
   float shrink = fast::exp2(sums.top - top);
   bool moved = top > sums.top;
   sums.top = top;
-  float sum = 0.0f;
+  float sum = 0.0f, zero = top - sums.lift;
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
-    s[b][0] = fast::exp2(s[b][0] - top);
-    s[b][1] = fast::exp2(s[b][1] - top);
+    s[b][0] = fast::exp2(s[b][0] - zero);
+    s[b][1] = fast::exp2(s[b][1] - zero);
     sum += s[b][0] + s[b][1];
   }
   sums.total = sums.total * shrink + sum;
@@ -334,6 +335,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   uint worker = (on_raw ? split - uint(sizes[3]) : split) * NSG + sg;
   uint tiles = on_raw ? (raw + 15) / 16 : packed / TILE;
   uint tile = uint(ulong(tiles) * worker / workers), stop = uint(ulong(tiles) * (worker + 1) / workers);
+  uint begin = tile;
 
   ulong base = head * ulong(sizes[0]);
   const device uint* next_k = (const device uint*)k_codes + (base + ulong(tile * TILE + gq)) * KWORDS;
@@ -388,6 +390,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   Sums<D> sums;
   sums.top = NO_KEY;
   sums.total = 0.0f;
+  sums.lift = 0.0f;
 #pragma unroll
   for (int b = 0; b < D / 16; b++) {
 #pragma unroll
@@ -423,6 +426,16 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       for (int b = 0; b < BLOCKS; b++) {
         kscale[b] = KB > 0 ? *(const device uint*)(kscales + 8 * b) : 0;
         vscale[b] = VB > 0 ? *(const device uint*)(vscales + 8 * b) : 0;
+      }
+      if (VB > 0 && tile == begin) {
+        // As the first tile's scales are, so are the others', give or take what float16 has room for.
+        float largest = 0.0f;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+          largest = max(largest, max(scale_of<T>(vscale[b], 0), scale_of<T>(vscale[b], 1)));
+        }
+        int exponent = int(as_type<uint>(simd_max(largest)) >> 23) - 127;
+        sums.lift = float(-clamp(exponent, -60, 60));
       }
       float center = 0.0f;
       if (CENTER) {
@@ -529,6 +542,8 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     }
   }
 
+  float down = fast::exp2(-sums.lift);
+  sums.total *= down;
   sums.total += simd_shuffle_xor(sums.total, 1);
   sums.total += simd_shuffle_xor(sums.total, 2);
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the tables are dead from here
@@ -536,7 +551,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
 #pragma unroll
   for (int b = 0; b < D / 16; b++) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) { shared_rows[(sg * 8 + 2 * tg + (j & 1)) * D + gq * VN + 2 * b + (j >> 1)] = sums.o[b][j]; }
+    for (int j = 0; j < 4; j++) { shared_rows[(sg * 8 + 2 * tg + (j & 1)) * D + gq * VN + 2 * b + (j >> 1)] = sums.o[b][j] * down; }
   }
   if (tg == 0) {
     tops[sg * 8 + gq] = sums.top;

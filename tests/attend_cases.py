@@ -17,6 +17,7 @@ from scipy.linalg import hadamard
 
 from mlx_turboquant.codebook import gaussian
 from mlx_turboquant.ops import attend as ops
+from mlx_turboquant.ops import attend_plan
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.packing import pack_codes
 from mlx_turboquant.rotation import make_rotation
@@ -187,18 +188,18 @@ def forced(passes: int, **plan):
     CUDA uses tensor cores wherever it can.
     """
     _forget()
-    choose = ops._plan
+    choose = attend_plan.plan_of
     with (
-        mock.patch.object(ops, "_SINGLE_PASS_TILES", -1 if passes == 2 else 1 << 30),
-        mock.patch.object(ops, "_TENSOR_CORE_TOKENS", 0),
-        mock.patch.object(ops, "_plan", (lambda *shape: choose(*shape)._replace(**plan)) if plan else choose),
+        mock.patch.object(attend_plan, "_SINGLE_PASS_TILES", -1 if passes == 2 else 1 << 30),
+        mock.patch.object(attend_plan, "_TENSOR_CORE_TOKENS", 0),
+        mock.patch.object(ops, "plan_of", (lambda *shape: choose(*shape)._replace(**plan)) if plan else choose),
     ):
         yield
     _forget()
 
 
 def _forget() -> None:
-    ops._plan.cache_clear()
+    attend_plan.plan_of.cache_clear()
     ops._prepare.cache_clear()
 
 

@@ -16,6 +16,7 @@ from attend_cases import BACKEND, ON_GPU, UNSUPPORTED, Case, forced, make, rotat
 
 from mlx_turboquant.codebook import gaussian
 from mlx_turboquant.ops import attend as ops
+from mlx_turboquant.ops import attend_plan
 from mlx_turboquant.ops import kernel as kernels
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.rotation import make_rotation
@@ -77,7 +78,7 @@ def calls():
     """The list of (kernel, template, call) that a GPU's backend is given."""
 
     def forget():
-        for kept in (ops._plan, ops._prepare, ops._runner, kernels._build):
+        for kept in (attend_plan.plan_of, ops._prepare, ops._runner, kernels._build):
             kept.cache_clear()
 
     forget()

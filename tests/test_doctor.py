@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.cli import doctor
-from mlx_turboquant.ops import attend as ops
+from mlx_turboquant.ops import attend_plan
 from mlx_turboquant.ops.backend import VARIABLE, choose_backend
 from mlx_turboquant.ops.kernel import BUILDERS, register_builder
 from mlx_turboquant.verification import RECORD, AttendCase, DequantizeCase, EncodeCase, full, quick, run
@@ -174,11 +174,11 @@ def test_the_full_list_goes_through_every_choice():
 def test_cases_run_the_passes_and_the_kernels_that_they_say(backend):
     for case in (case for case in full() if isinstance(case, AttendCase)):
         groups = [case.D // case.group if bits and case.group else 1 for bits in (case.key_bits, case.value_bits)]
-        shape = ops._Shape(
+        shape = attend_plan.Shape(
             *(backend, len(case.lengths), KV_HEADS * case.G, case.L, case.D, KV_HEADS, case.block),
             *(getattr(mx, case.dtype), case.key_bits, case.value_bits, *groups, case.center, case.balance),
             *(1 if case.mask == "boolean" else 2 if case.mask == "added" else 0, case.mask == "causal", case.logits),
         )
-        plan = ops._plan(shape, case.packed, -(-(case.sinks + case.tail) // ops.TILE))
+        plan = attend_plan.plan_of(shape, case.packed, -(-(case.sinks + case.tail) // attend_plan.TILE))
         assert case.passes == (1 if plan.single else 2), case
         assert ("attend_mma" in case.kernels(backend)) == plan.tensor_cores, case

@@ -1,30 +1,15 @@
-"""Attention that reads packed keys and values in a kernel: which shapes it takes, how it is cut, and the calls."""
+"""Attention that reads packed keys and values in a kernel: which shapes it takes, and the calls."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_turboquant.ops.attend_plan import MAX_SPLITS, TILE, Plan, Shape, plan_of
 from mlx_turboquant.ops.backend import BACKENDS
 from mlx_turboquant.ops.kernel import Kernel
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
-
-MAX_QUERIES = 8
-MAX_SPLITS = 512  # of attend_merge.metal
-TILE = 16  # tokens that one simdgroup takes at a time
-# Threadgroups to aim at: one wave. Of the Metal text's, three fit on each of an H200's multiprocessors if its registers
-# are held down to that, and two of the tensor-core body's; other counts take 10 to 30% longer. Apple GPUs have 8 to 80
-# cores and were not measured: enough for the largest.
-_MULTIPROCESSORS = 132
-_THREADGROUPS = 320
-# Tensor cores pay from so many packed tokens of all KV heads on (H200: 16,384 tokens of 8 heads); below, their body's
-# start, which fills tables, takes longer than the rest.
-_TENSOR_CORE_TOKENS = 1 << 17
-_SIMDGROUPS = 4
-# Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
-_SINGLE_PASS_TILES = 32
-_SINGLE_PASS_SIMDGROUPS = 8
 
 _HEADERS = ("codebooks.h", "codes.h", "rotation.h")
 _INPUTS = (
@@ -154,106 +139,18 @@ def _prepare(backend, queries, codes, tail_room, sink_room, lengths, block, dtyp
     """The call and its `sizes`; the layers of a model share it in each step, and Python time counts in short caches."""
     key_bits, value_bits, key_groups, value_groups, center, balance, mask, causal, logits = rest
     B, H, L, D = queries
-    shape = _Shape(
+    shape = Shape(
         *(backend, B, H, L, D, codes[1], block, dtype, key_bits, value_bits, key_groups, value_groups),
         *(center, balance, 0 if mask is None else 1 if mask[0] == mx.bool_ else 2, causal and L > 1, logits),
     )
-    plan = _plan(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
+    plan = plan_of(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
     sizes = (codes[2], tail_room, sink_room, plan.splits, plan.raw_splits)
     strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
     return _runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
 
 
-class _Shape(NamedTuple):
-    """What decides which kernel is compiled."""
-
-    backend: str
-    B: int
-    H: int
-    L: int
-    D: int
-    Hkv: int
-    block: int
-    dtype: mx.Dtype
-    key_bits: int
-    value_bits: int
-    key_groups: int
-    value_groups: int
-    center: bool
-    balance: bool
-    mask: int
-    causal: bool
-    logits: bool
-
-
-class _Plan(NamedTuple):
-    """How the work is cut."""
-
-    single: bool
-    splits: int  # over packed tiles
-    raw_splits: int  # over raw tiles; in a single pass: simdgroups
-    rows: int  # query rows of a threadgroup
-    key_elements: int  # that one lane reads of a key
-    simdgroups: int
-    resident: int = 0  # CUDA: threadgroups that must fit on a multiprocessor at once; 0: no bound
-    tensor_cores: bool = False  # kernels/attend_mma.cu; key_elements is then its tokens per tile
-
-
-@lru_cache(maxsize=4096)
-def _plan(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
-    D, tiles = shape.D, packed // TILE
-    rows = shape.H // shape.Hkv * shape.L
-    per_group = min(4 if D > 128 else 8, 1 << (rows - 1).bit_length())
-    # Eight rows of queries leave registers for 8 elements of a key in each lane, fewer rows for 16.
-    key_elements = 8 if per_group == 8 or D // shape.key_groups < 16 else 16
-    heads = shape.B * shape.Hkv * -(-rows // per_group)
-    if tiles + raw_tiles <= _SINGLE_PASS_TILES:
-        # Their sums, one float for each query row and element, must fit in half the threadgroup memory.
-        simdgroups = _SINGLE_PASS_SIMDGROUPS if per_group * D <= 512 else _SIMDGROUPS
-        mine = round(simdgroups * raw_tiles / max(tiles + raw_tiles, 1))
-        raw_share = min(max(mine, 1 if raw_tiles else 0), simdgroups - (1 if tiles else 0))
-        return _Plan(True, 1, raw_share, per_group, key_elements, simdgroups)
-    if _has_tensor_body(shape) and packed * heads >= _TENSOR_CORE_TOKENS:
-        return _plan_tensor_cores(shape, packed, raw_tiles)
-    # With more query rows or longer ones a threadgroup needs so many registers that only two fit.
-    resident = 0 if shape.backend not in ("cuda", "cuda-metal") else 3 if per_group <= 4 and D <= 128 else 2
-    wave = _MULTIPROCESSORS * resident if resident else _THREADGROUPS
-    raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = _splits_of_a_wave(wave, heads, raw_splits)
-    # A cache that grows must not compile a new graph at every length.
-    splits = min(splits, 1 << (tiles // (2 * _SIMDGROUPS)).bit_length(), MAX_SPLITS - raw_splits)
-    return _Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS, resident)
-
-
-def _splits_of_a_wave(wave: int, heads: int, raw_splits: int) -> int:
-    """Splits of packed tokens so that all threadgroups run at once; of many heads, the short raw ones may come late."""
-    splits = wave // heads
-    return max(splits - raw_splits if splits > 8 else splits, 1)
-
-
-def _has_tensor_body(shape: _Shape) -> bool:
-    """Whether kernels/attend_mma.cu takes this: two-byte elements, one scale per row, head sizes it has lanes for."""
-    return (
-        shape.backend == "cuda"
-        and shape.D in (64, 128, 256)
-        and shape.dtype in (mx.float16, mx.bfloat16)
-        and (shape.key_groups, shape.value_groups) == (1, 1)
-        and shape.block == 64
-    )
-
-
-def _plan_tensor_cores(shape: _Shape, packed: int, raw_tiles: int) -> _Plan:
-    rows = shape.H // shape.Hkv * shape.L
-    tile = 64 if shape.D <= 128 and shape.key_bits and shape.value_bits else 16
-    heads = shape.B * shape.Hkv * -(-rows // 8)
-    raw_splits = min(-(-raw_tiles // (2 * _SIMDGROUPS)), MAX_SPLITS // 2)
-    splits = _splits_of_a_wave(2 * _MULTIPROCESSORS, heads, raw_splits)
-    splits = min(splits, 1 << (packed // tile // _SIMDGROUPS).bit_length(), MAX_SPLITS - raw_splits)
-    return _Plan(False, splits, raw_splits, 8, tile, _SIMDGROUPS, 2, True)
-
-
 @lru_cache(maxsize=256)
-def _runner(shape: _Shape, plan: _Plan):
+def _runner(shape: Shape, plan: Plan):
     """The calls as one function of the input arrays."""
     B, H, L, D = shape[1:5]
     rows, splits = B * H * L, plan.splits + plan.raw_splits
