@@ -42,6 +42,8 @@ def attend(
         (B, H, L, Dv) in the dtype of queries. A row whose keys are all masked is 0. Scores and sums are float32, and
         NaN or infinite entries of raw keys and values count as 0, as they do once they are encoded.
     """
+    if isinstance(mask, str) and mask != "causal":
+        raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
     if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
         return mx.fast.scaled_dot_product_attention(
@@ -140,8 +142,6 @@ def _grouped_mask(mask, L: int, T: int, Hkv: int) -> mx.array | None:
     if mask is None or (isinstance(mask, str) and L == 1):
         return None
     if isinstance(mask, str):
-        if mask != "causal":
-            raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
         mask = mx.arange(T - L, T)[:, None] >= mx.arange(T)[None]
     mask = _four_axes(mask)
     heads = mask.shape[1]

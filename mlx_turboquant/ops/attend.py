@@ -177,17 +177,16 @@ def _runner(shape: Shape, plan: Plan):
         output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
         output_dtypes=[shape.dtype if plan.single else mx.float32],
     )
-    nothing = _padding(shape.dtype)
     # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more.
     compiled = mx.compile if shape.backend in BACKENDS else lambda function: function
 
     def optional(inputs: tuple[mx.array, ...]) -> list[mx.array]:
-        """The mask and the sink logits, which are the last inputs where there are any."""
-        rest = list(inputs)
-        return [rest.pop(0) if wanted else nothing for wanted in (shape.mask > 0, shape.logits)]
+        """The mask and the sink logits, which are the last inputs where there are any; else what is not read."""
+        rest = list(inputs[13:])
+        return [rest.pop(0) if wanted else inputs[11] for wanted in (shape.mask > 0, shape.logits)]
 
     if plan.single:
-        return compiled(lambda *inputs: attend_rows([*inputs[:13], *optional(inputs[13:])])[0])
+        return compiled(lambda *inputs: attend_rows([*inputs[:13], *optional(inputs)])[0])
     merge = _MERGE.prepare(
         shape.backend,
         template=[("T", shape.dtype), *common, ("H", H), ("SPLITS", splits), ("RAW", plan.raw_splits), ("NSG", 8)],
@@ -198,7 +197,7 @@ def _runner(shape: Shape, plan: Plan):
     )
 
     def run(*inputs: mx.array) -> mx.array:
-        mask, logits = optional(inputs[13:])
+        mask, logits = optional(inputs)
         (sums,) = attend_rows([*inputs[:13], mask, logits])
         assert sums.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
         return merge([sums, logits, inputs[11]])[0]
@@ -217,10 +216,16 @@ def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=8)
 def _padding(dtype: mx.Dtype) -> mx.array:
-    return mx.zeros((1, 8), dtype)
+    return _evaluated(mx.zeros((1, 8), dtype))
 
 
 @lru_cache(maxsize=64)
 def _table(rotation: HadamardRotation | None, scale: float) -> mx.array:
     turns = () if rotation is None else (rotation.signs, rotation.kernel_hartley)
-    return mx.concatenate([mx.array([scale, *[0.0] * 7]), *turns])
+    return _evaluated(mx.concatenate([mx.array([scale, *[0.0] * 7]), *turns]))
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    """The array, evaluated: a kept one that is not would belong to whatever graph is traced when it is first used."""
+    mx.eval(array)
+    return array
