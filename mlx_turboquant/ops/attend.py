@@ -149,6 +149,11 @@ def _prepare(backend, queries, codes, tail_room, sink_room, lengths, block, dtyp
     return _runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
 
 
+def forget_calls() -> None:
+    """Prepare calls anew: after the rules of attend_plan.py were changed."""
+    _prepare.cache_clear()
+
+
 @lru_cache(maxsize=256)
 def _runner(shape: Shape, plan: Plan):
     """The calls as one function of the input arrays."""

@@ -1,5 +1,7 @@
 """How one call of the attention kernels is cut: which body, how many splits, rows and lanes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,6 +93,19 @@ def _splits_of_a_wave(wave: int, heads: int, raw_splits: int) -> int:
     """Splits of packed tokens so that all threadgroups run at once; of many heads, the short raw ones may come late."""
     splits = wave // heads
     return max(splits - raw_splits if splits > 8 else splits, 1)
+
+
+@contextmanager
+def tensor_cores_for_any_length() -> Iterator[None]:
+    """Inside, CUDA uses tensor cores for short caches too, where they are slower: to check them on small inputs."""
+    global _TENSOR_CORE_TOKENS
+    before, _TENSOR_CORE_TOKENS = _TENSOR_CORE_TOKENS, 0
+    plan_of.cache_clear()
+    try:
+        yield
+    finally:
+        _TENSOR_CORE_TOKENS = before
+        plan_of.cache_clear()
 
 
 def _has_tensor_body(shape: Shape) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 
 from mlx_turboquant import attention
 from mlx_turboquant.ops import attend as kernel
+from mlx_turboquant.ops.attend_plan import tensor_cores_for_any_length
 from mlx_turboquant.ops.dequantize import dequantize
 from mlx_turboquant.ops.encode import encode
 from mlx_turboquant.quantizers import make_quantizers
@@ -84,7 +85,15 @@ class AttendCheck:
         return mx.where(keep, mx.random.normal(shape, key=mx.random.key(7)), -mx.inf).astype(self.dtype)
 
     def call(self, backend: str) -> mx.array:
-        """The operation."""
+        """The operation; on CUDA with tensor cores wherever they can, since the inputs are small."""
+        kernel.forget_calls()
+        with tensor_cores_for_any_length():
+            try:
+                return self._call(backend)
+            finally:
+                kernel.forget_calls()
+
+    def _call(self, backend: str) -> mx.array:
         case, mask = self.case, "causal" if self.case.mask == "causal" else self.mask
         if backend != "reference":
             sides = self._stored(self.keys), self._stored(self.values)
