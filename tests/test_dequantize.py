@@ -112,23 +112,22 @@ def test_the_order_of_threads_does_not_matter(case, backend, built):
 def test_every_kind_of_kernel_type_checks(backend):
     sizes = [64, 80, 96, 128, 256]
     kinds = [
-        Case(D=D, bits=bits, dtype=dtype, center=center)
-        for D in sizes
-        for bits in (2, 3, 4, 8)
-        for dtype in DTYPES
-        for center in (False, True)
+        Case(D=D, bits=bits, dtype=dtype, center=(i + k + m) % 2 == 0)
+        for i, D in enumerate(sizes)
+        for k, bits in enumerate((2, 3, 4, 8))
+        for m, dtype in enumerate(DTYPES)
     ]
     kinds += [
         Case(D=D, bits=3, group=group)
         for D in (*sizes, 16, 32, 48, 112, 144, 160, 176, 192, 208, 224, 240)
-        for group in (7, 16, 32)
+        for group in (7, 32)
         if D % group == 0
     ]
     kinds += [Case(D=16, bits=bits, B=1, heads=1, blocks=1, balance=False) for bits in (2, 3, 4, 8)]
     with kernel_emulator.noting() as calls:
         for case in kinds:
             Stored(case).decoded(backend)
-    assert len(calls) > 130
+    assert len(calls) > 70
     assert all(np.prod(shape) >= 8 for _, call in calls for shape, _ in call["inputs"])
     assert all(warnings_ == [] for warnings_ in metal_emu.typecheck(calls))
 

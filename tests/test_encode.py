@@ -105,18 +105,16 @@ def test_the_order_of_threads_does_not_matter(case, backend, built):
 def test_every_kind_of_kernel_type_checks(backend):
     sizes = [64, 80, 96, 128, 256]
     kinds = [
-        Case(D=D, bits=bits, dtype=dtype, center=center, scalings=2)
-        for D in sizes
-        for bits in (2, 3, 4, 8)
-        for dtype in DTYPES
-        for center in (False, True)
+        Case(D=D, bits=bits, dtype=dtype, center=(i + k + m) % 2 == 0, block=(16, 32, 64, 128, 256)[(i + k) % 5])
+        for i, D in enumerate(sizes)
+        for k, bits in enumerate((2, 3, 4, 8))
+        for m, dtype in enumerate(DTYPES)
     ]
-    kinds += [Case(D=D, bits=bits, scalings=n) for D in (64, 96) for bits in (2, 3, 4, 8) for n in (1, 3)]
-    kinds += [Case(D=D, bits=bits, block=b) for D in (80, 128) for bits in (2, 3, 4, 8) for b in (32, 64, 128, 256)]
+    kinds += [Case(D=D, bits=bits, scalings=n) for D, n in ((64, 1), (96, 3)) for bits in (2, 3, 4, 8)]
     kinds += [
         Case(D=D, bits=3, group=group)
         for D in (*sizes, 16, 32, 48, 112, 144, 160, 176, 192, 208, 224, 240)
-        for group in (1, 5, 7, 8, 16, 24, 32, 40, 64)
+        for group in (1, 7, 8, 24, 32, 40)
         if D % group == 0
     ]
     # The smallest buffers there can be: none has so few elements that MLX would pass it in another address space.
@@ -124,7 +122,7 @@ def test_every_kind_of_kernel_type_checks(backend):
     with kernel_emulator.noting() as calls:
         for case in kinds:
             run(case, backend)
-    assert len(calls) > 180
+    assert len(calls) > 120
     assert all(np.prod(shape) >= 8 for _, call in calls for shape, _ in call["inputs"])
     assert all(warnings_ == [] for warnings_ in metal_emu.typecheck(calls))
 
