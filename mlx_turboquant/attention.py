@@ -45,11 +45,12 @@ def attend(
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
-    if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys.dense(PIECE_TOKENS), values.dense(PIECE_TOKENS), scale=scale, mask=mask, sinks=sinks
-        )
     backend = choose_backend(backend)
+    if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
+        piece = PIECE_TOKENS if backend == "reference" else None
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys.dense(piece), values.dense(piece), scale=scale, mask=mask, sinks=sinks
+        )
     if backend != "reference":
         sides = _stored(keys), _stored(values)
         reason = kernel.why_not(queries.shape[3], values.shape[3], keys.block, *sides)

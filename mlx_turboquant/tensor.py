@@ -105,10 +105,16 @@ class CompressedRows:
         if self.newest_length:
             yield start, start + self.newest_length, self.tail
 
-    def dense(self, tokens: int) -> mx.array:
-        """All rows (B, Hkv, T, D) in the model's dtype, decoded in pieces of at most so many tokens."""
-        rows = [
-            self.quantizer.decode(part) if isinstance(part, PackedTensor) else part
-            for _, _, part in self.segments(tokens)
-        ]
+    def dense(self, tokens: int | None = None) -> mx.array:
+        """All rows (B, Hkv, T, D) in the model's dtype.
+
+        Args:
+            tokens: decode pieces of at most so many, where decoding makes large temporaries; None: all in one call.
+        """
+        step = self.stored_length if tokens is None else max(tokens // self.block, 1) * self.block
+        rows = [] if self.sinks is None else [self.sinks]
+        for start in range(0, self.stored_length, max(step, 1)):
+            rows.append(self.quantizer.decode(self.stored, start, min(start + step, self.stored_length)))
+        if self.newest_length:
+            rows.append(self.tail)
         return mx.concatenate(rows, axis=2)
