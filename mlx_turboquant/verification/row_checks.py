@@ -18,8 +18,9 @@ from mlx_turboquant.verification.cases import KV_HEADS, DequantizeCase, EncodeCa
 LOUD = 3e4
 # The least error that is allowed, as a part of the largest number: float32 arithmetic in another order.
 FLOOR = 1e-5
-# An encoder that scales or rounds otherwise in the last bit gives rows that are better or worse by this at most.
-SLACK = 0.05
+# A value on the edge of two cells may get either code, and edges lie up to 0.003 of a cell beside the middle of two
+# centroids: a row's squared error then differs. By bits; at 8 one outer cell is half of it (8% was seen).
+SLACK = {2: 0.05, 3: 0.05, 4: 0.05, 8: 0.2}
 START = 4  # first row that is encoded: after the sinks
 
 
@@ -114,7 +115,7 @@ class EncodeCheck(_RowCheck):
     """Codes may differ from the reference's where a value lies on the edge of two cells, so rows are judged decoded.
 
     The error is the largest, over rows, of two: the squared error over that of the reference's row, less 1; and the
-    difference of norms, before balance and centre, as a part. 0.05 is allowed. The reference itself is judged by its
+    difference of norms, before balance and centre, as a part. `SLACK` is allowed. The reference itself is judged by its
     mean squared error, as a part of the rows, against what theory gives for its codebook, and 10% more.
     """
 
@@ -140,7 +141,7 @@ class EncodeCheck(_RowCheck):
             return part.item(), 1.1 * distortion(self.case.bits)
         worse = self._squared_error(out) / self._squared_error(self.reference) - 1
         longer = self._norms(out) / self._norms(self.reference) - 1
-        return mx.maximum(worse.max(), mx.abs(longer).max()).item(), SLACK
+        return mx.maximum(worse.max(), mx.abs(longer).max()).item(), SLACK[self.case.bits]
 
     def _target(self) -> mx.array:
         rows = self.rows[:, :, START : START + 3 * self.case.block].astype(mx.float32)
