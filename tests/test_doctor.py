@@ -183,3 +183,10 @@ def test_cases_run_the_passes_and_the_kernels_that_they_say(backend):
             plan = attend_plan.plan_of(shape, case.packed, -(-(case.sinks + case.tail) // attend_plan.TILE))
         assert case.passes == (1 if plan.single else 2), case
         assert ("attend_mma" in case.kernels(backend)) == plan.tensor_cores, case
+
+
+def test_every_kernel_has_a_line_in_the_record_and_in_the_documentation():
+    names = {path.stem for path in (ROOT / "kernels").iterdir() if path.suffix in (".metal", ".cu")}
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert {row.kernel for row in RECORD} == names and all(f"| `{name}` |" in text for name in names)
+    assert {name for case in full() for backend in ("metal", "cuda") for name in case.kernels(backend)} == names
