@@ -182,8 +182,10 @@ def _runner(shape: Shape, plan: Plan):
         output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
         output_dtypes=[shape.dtype if plan.single else mx.float32],
     )
-    # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more.
-    compiled = mx.compile if shape.backend in BACKENDS else lambda function: function
+    # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more. A
+    # mask grows with every token, and a graph would be compiled for each.
+    gpu = shape.backend in BACKENDS
+    compiled = mx.compile if gpu and not shape.mask else lambda function: function
 
     def optional(inputs: tuple[mx.array, ...]) -> list[mx.array]:
         """The mask and the sink logits, which are the last inputs where there are any; else what is not read."""

@@ -60,6 +60,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan_of(shape: Shape, packed: int, raw_tiles: int) -> Plan:
+    """The plan for the longest sequence of a batch: so many packed tokens, so many tiles of raw ones."""
     D, tiles = shape.D, packed // TILE
     rows = shape.H // shape.Hkv * shape.L
     per_group = min(4 if D > 128 else 8, 1 << (rows - 1).bit_length())
