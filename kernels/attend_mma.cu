@@ -9,7 +9,8 @@
 // product wants neighbouring tokens side by side, so the codes of two tokens are interleaved before they are looked up.
 // A pair of codes is looked up at once, in a table of half2 that has a copy for each lane, so that no two lanes meet in
 // a bank. Queries are float16 after each row is divided by a power of two (exact); weights are float16; sums are
-// float32. Of raw tokens a simdgroup takes 16 at a time.
+// float32. Of raw tokens a simdgroup takes 16 at a time. Raw bfloat16 elements are taken as float16: beyond +-65504 they
+// are clamped, below 6e-8 they vanish.
 
 constant constexpr float LOG2E = 1.44269504088896f;
 constant constexpr float MASKED = -3e38f;
