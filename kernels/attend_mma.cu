@@ -1,7 +1,9 @@
 // kernels/attend.metal's first pass again, on NVIDIA's tensor cores: same inputs, same output, same grid.
 //
-// It takes two-pass calls with one scale per row (KG = VG = 1) in float16 or bfloat16 with D = 64, 128 or 256, RC = 8
-// and VD unused; SHARED_BYTES is the room of tables (128 bytes an entry) or of NSG * 8 * D sums; KD is the number of packed tokens that a simdgroup takes at a time (16, 32 or 64). Inputs, output and the other template constants are those of attend.metal. 32 * NSG threads.
+// It takes two-pass calls with one scale per row (KG = VG = 1) in float16 or bfloat16 with D = 64, 128 or 256, RC = 8.
+// KD is the number of packed tokens that a simdgroup takes at a time (16, 32 or 64), VD is not used, SHARED_BYTES is room
+// for the tables (128 bytes an entry) or for NSG * 8 * D sums. Inputs, output and the other template constants are those
+// of attend.metal. 32 * NSG threads.
 //
 // Scores are S = Q K^T by mma.m16n8k16: 8 query rows (the other 8 are zeros) times 8 keys, 16 elements at a time. A lane
 // reads D / 4 neighbouring elements of one key; the queries' elements are taken in the same order, which changes no
