@@ -18,9 +18,10 @@
 //   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
 //              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T
 // Template constants
-//   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw), KG and VG (groups per row), CENTER, BALANCE, MASK (0 none,
-//   1 boolean, 2 added), CAUSAL (query l sees tokens up to length - L + l), LOGITS, SINGLE, RC (query rows of a
-//   threadgroup, a power of two), KD and VD (elements of a key and of a value that one lane reads), NSG (simdgroups)
+//   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw),
+//   KG and VG (groups per row), CENTER, BALANCE, MASK (0 none, 1 boolean, 2 added), CAUSAL (query l sees tokens up to
+//   length - L + l), LOGITS, SINGLE, RC (query rows of a threadgroup, a power of two), KD and VD (elements of a key and
+//   of a value that one lane reads), NSG (simdgroups)
 // Grid
 //   x: packed splits, then raw splits (1 if SINGLE); y: Hkv * ceil(H / Hkv * L / RC); z: B. 32 * NSG threads.
 //
@@ -248,9 +249,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
                    ulong(query) * ulong(sizes[7]);
 
   if (!on_raw) {
-    constexpr int KTABLE = KB == 0 || KB == 8 ? 1 : 1 << KB, VTABLE = VB == 0 || VB == 8 ? 1 : 1 << VB;
-    float ktable = KB == 2 ? codebook_2[at.lane % KTABLE % 4] : KB == 3 ? codebook_3[at.lane % KTABLE % 8] : codebook_4[at.lane % KTABLE % 16];
-    float vtable = VB == 2 ? codebook_2[at.lane % VTABLE % 4] : VB == 3 ? codebook_3[at.lane % VTABLE % 8] : codebook_4[at.lane % VTABLE % 16];
+    float ktable = centroid_at<KB>(at.lane), vtable = centroid_at<VB>(at.lane);
     // Pointers that walk: a tile's rows are at constant distances from them, and need no arithmetic of their own.
     const device uint* next_v = (const device uint*)v_codes + (base + ulong(tile * TILE + at.vkey)) * VWORDS;
     const device T* kscales = k_scales + (base + ulong(tile * TILE + at.kkey * QS)) * KG + kfirst / KSPAN;

@@ -3,7 +3,7 @@
 // Inputs
 //   sums     (B * H * L, SPLITS, D + 2) float32   each split's weighted sum, largest score in units of log 2, sum of
 //            weights; the sums of the last RAW splits are not rotated
-//   logits   (H,) float                           attention-sink logits, one more term of the sum; not read unless LOGITS
+//   logits   (H,) float     attention-sink logits, one more term of the sum; not read unless LOGITS
 //   table    float32: as in attend.metal
 // Output
 //   out      (B, H, L, D) T

@@ -243,7 +243,8 @@ template <typename T, int N> struct ValuePairs<T, 0, N> {
   const ValueRun<T, 0, N>& b;
   METAL_FUNC ValuePairs(const ValueRun<T, 0, N>& a_, const ValueRun<T, 0, N>& b_) : a(a_), b(b_) {}
   METAL_FUNC uint pair(int i, Lookup) const {
-    return permute_bytes(Raw<T>::halves(a.run.words[i / 2]), Raw<T>::halves(b.run.words[i / 2]), i % 2 == 0 ? 0x5410 : 0x7632);
+    uint first = Raw<T>::halves(a.run.words[i / 2]), second = Raw<T>::halves(b.run.words[i / 2]);
+    return permute_bytes(first, second, i % 2 == 0 ? 0x5410 : 0x7632);
   }
 };
 
@@ -445,14 +446,16 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         uint block = tile * TILE / BLOCK;
         if (block / 8 != center_group) {
           center_group = block / 8;
-          const device uint* row = (const device uint*)(centers + ulong(min(center_group * 8 + gq, blocks_here - 1)) * D);
+          uint mine = min(center_group * 8 + gq, blocks_here - 1);
+          const device uint* row = (const device uint*)(centers + ulong(mine) * D);
           KeyRun<T, 0, KN> c;
           c.load(row, tg * KN, D);
 #pragma unroll
           for (int j = 0; j < 4; j++) { centers8[j] = 0.0f; }
 #pragma unroll
           for (int i = 0; i < D / 16; i++) {
-            mma(centers8, plain[(gq * D + tg * KN) / 2 + 2 * i], plain[(gq * D + tg * KN) / 2 + 2 * i + 1], c.pair(2 * i, ktable), c.pair(2 * i + 1, ktable));
+            uint at = (gq * D + tg * KN) / 2 + 2 * i;
+            mma(centers8, plain[at], plain[at + 1], c.pair(2 * i, ktable), c.pair(2 * i + 1, ktable));
           }
         }
         uint from = gq * 4 + block % 8 / 2;
@@ -517,7 +520,9 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         key.load(n < sinks ? first_k + ulong(n) * RAW_WORDS : newest_k + ulong(n - sinks) * RAW_WORDS, tg * KN, D);
         s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) { mma(s[b], qa[2 * i], qa[2 * i + 1], key.pair(2 * i, ktable), key.pair(2 * i + 1, ktable)); }
+        for (int i = 0; i < D / 16; i++) {
+          mma(s[b], qa[2 * i], qa[2 * i + 1], key.pair(2 * i, ktable), key.pair(2 * i + 1, ktable));
+        }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           uint token = tile * 16 + 8 * b + 2 * tg + j;
@@ -554,7 +559,9 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
 #pragma unroll
   for (int b = 0; b < D / 16; b++) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) { shared_rows[(sg * 8 + 2 * tg + (j & 1)) * D + gq * VN + 2 * b + (j >> 1)] = sums.o[b][j] * down; }
+    for (int j = 0; j < 4; j++) {
+      shared_rows[(sg * 8 + 2 * tg + (j & 1)) * D + gq * VN + 2 * b + (j >> 1)] = sums.o[b][j] * down;
+    }
   }
   if (tg == 0) {
     tops[sg * 8 + gq] = sums.top;
