@@ -36,6 +36,11 @@ constant constexpr float LOG2E = 1.44269504088896f;
 constant constexpr float MASKED = -3e38f;  // exp2 of MASKED - NO_KEY is 0 ...
 constant constexpr float NO_KEY = -1e30f;  // ... and a largest score that is no score yet
 
+// The centroid that this lane holds; BITS is 2, 3 or 4 (else it is not used).
+template <int BITS> METAL_FUNC float centroid_at(uint lane) {
+  return BITS == 2 ? codebook_2[lane % 4] : BITS == 3 ? codebook_3[lane % 8] : codebook_4[lane % 16];
+}
+
 // The softmax of one simdgroup so far: for row hx in each lane, and weighted values for all rows.
 template <int RC, int VD> struct Partial {
   float top;        // largest score of row hx

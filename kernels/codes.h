@@ -38,11 +38,6 @@ METAL_FUNC float centroid_of_lane(float table, uint code) {
 #endif
 }
 
-// The centroid that this lane holds; BITS is 2, 3 or 4 (else it is not used).
-template <int BITS> METAL_FUNC float centroid_at(uint lane) {
-  return BITS == 2 ? codebook_2[lane % 4] : BITS == 3 ? codebook_3[lane % 8] : codebook_4[lane % 16];
-}
-
 // N elements of a row stored in BITS bits, or in T if BITS is 0.
 template <typename T, int BITS, int N> struct Run {
   Plane<BITS, N> plane;
