@@ -1,7 +1,5 @@
 """Attention over compressed keys and values: in a kernel where there is one, else blockwise in plain MLX operations."""
 
-import warnings
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -9,6 +7,7 @@ import mlx.core as mx
 from mlx_turboquant.conditioning import finite_or_zero
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.row_kernels import say_once
 from mlx_turboquant.tensor import CompressedRows, PackedTensor
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
@@ -68,7 +67,7 @@ def attend(
                 logits=sinks,
                 backend=backend,
             )
-        _say_once(backend, reason)
+        say_once("attend", backend, reason, "read this cache")
     return _attend_pieces(queries, keys, values, scale, mask, sinks)
 
 
@@ -76,14 +75,6 @@ def _stored(rows: CompressedRows) -> kernel.StoredSide:
     quantizer = rows.quantizer
     tail = rows.newest if rows.newest_length else None
     return kernel.StoredSide(quantizer.bits, rows.stored, rows.sinks, tail, getattr(quantizer, "rotation", None))
-
-
-@cache
-def _say_once(backend: str, reason: str) -> None:
-    warnings.warn(
-        f"[attend] The {backend} kernel does not read this cache, because {reason}; plain MLX operations do, slower.",
-        stacklevel=2,
-    )
 
 
 class _Softmax(NamedTuple):

@@ -5,6 +5,9 @@ with kernel_emulator.options(check=True, order="reverse"):    # any option of me
 with kernel_emulator.prebuilding():   # calls in here return zeros; all their kernels are compiled, two at a time
 """
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +85,21 @@ def prebuilding(check: bool = True) -> Iterator[None]:
     with noting() as calls:
         yield
     prebuild(calls, check=check)
+
+
+def text_of_mlx(kernel: Any, inputs: list[mx.array], arguments: dict[str, Any], capfd: Any) -> str:
+    """What MLX hands to the Metal compiler for a call of mx.fast.metal_kernel's result `kernel`.
+
+    MLX prints it while it traces, on any machine; it compiles nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mx.export_function(
+            os.path.join(folder, "traced.mlxfn"),
+            lambda *x: kernel(inputs=list(x), verbose=True, stream=mx.gpu, **arguments),
+            *inputs,
+        )
+    sys.stdout.flush()
+    return capfd.readouterr().out.split("```\n", 1)[1].rsplit("\n```", 1)[0]
 
 
 register_builder("emulator", _Emulated)

@@ -43,7 +43,7 @@ def why_not(D: int, Dv: int, block: int, keys: StoredSide, values: StoredSide) -
     """Why the kernel cannot read these rows, in words; None if it can."""
     if Dv != D:
         return f"values have another head size than keys ({Dv}, {D})"
-    if D % 16 or D > 256 or D & -D < 16:
+    if D % 16 or D > 256:
         return f"head size {D} is not a multiple of 16 up to 256"
     if block % TILE:
         return f"blocks of {block} tokens are not a multiple of {TILE}"

@@ -1,4 +1,4 @@
-"""What the kernels that encode and decode rows share: which rows they take, and their small inputs."""
+"""What the kernels that encode and decode rows share: which rows they take, their small inputs, the warning."""
 
 import warnings
 from functools import cache, lru_cache
@@ -28,11 +28,10 @@ def reason_against(
 
 
 @cache
-def say_once(operation: str, backend: str, reason: str) -> None:
+def say_once(operation: str, backend: str, reason: str, does_not: str = "take these rows") -> None:
     """Warn that plain MLX operations do the work of a kernel."""
     warnings.warn(
-        f"[{operation}] The {backend} kernel does not take these rows, because {reason}; plain MLX operations do, "
-        "slower.",
+        f"[{operation}] The {backend} kernel does not {does_not}, because {reason}; plain MLX operations do, slower.",
         stacklevel=3,
     )
 

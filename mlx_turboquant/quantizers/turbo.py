@@ -40,17 +40,7 @@ class TurboKeys(KeyQuantizer):
 
     def encode(self, keys: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
-        return encode(
-            keys,
-            start,
-            keys.shape[2] if stop is None else stop,
-            bits=self.bits,
-            group=self.group,
-            block=self.block,
-            rotation=self.rotation,
-            center=self.center,
-            balance=self.balance,
-        )
+        return _encode(self, keys, start, stop)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
         """The keys (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
@@ -83,6 +73,8 @@ class TurboKeys(KeyQuantizer):
 class TurboValues(ValueQuantizer):
     """Values of one layer in `bits` bits per element; arguments as for `TurboKeys`."""
 
+    center = False
+
     def __init__(self, scheme: KVScheme, dim: int, dtype: mx.Dtype):
         self.bits, self.dim, self.dtype, self.block = scheme.value_bits, dim, dtype, scheme.block
         self.group = _group_size(scheme, dim)
@@ -90,16 +82,7 @@ class TurboValues(ValueQuantizer):
 
     def encode(self, values: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
-        return encode(
-            values,
-            start,
-            values.shape[2] if stop is None else stop,
-            bits=self.bits,
-            group=self.group,
-            block=self.block,
-            rotation=self.rotation,
-            center=False,
-        )
+        return _encode(self, values, start, stop)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
         """The values (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
@@ -116,6 +99,20 @@ class TurboValues(ValueQuantizer):
     def finish(self, total: mx.array) -> mx.array:
         """Rotate a sum of `weighted_sum` results back."""
         return self.rotation.invert(total)
+
+
+def _encode(side: TurboKeys | TurboValues, rows: mx.array, start: int, stop: int | None) -> PackedTensor:
+    return encode(
+        rows,
+        start,
+        rows.shape[2] if stop is None else stop,
+        bits=side.bits,
+        group=side.group,
+        block=side.block,
+        rotation=side.rotation,
+        center=side.center,
+        balance=side.balance,
+    )
 
 
 def _decode(side: TurboKeys | TurboValues, packed: PackedTensor, start: int, stop: int | None) -> mx.array:

@@ -87,7 +87,27 @@ class AttendCase:
 
 
 @dataclass(frozen=True)
-class EncodeCase:
+class _RowCase:
+    """A few blocks of rows. Attributes as in `AttendCase`."""
+
+    bits: int = 4
+    D: int = 128
+    dtype: str = "float16"
+    group: int = 0
+    block: int = 64
+    center: bool = True
+    balance: bool = True
+
+    def kernels(self, backend: str) -> tuple[str, ...]:
+        """The kernels that it runs."""
+        return () if backend == "reference" else (self.operation,)
+
+    def __str__(self) -> str:
+        return ", ".join([f"{self.bits} bits D{self.D} {self.dtype}", *_others(self, {"bits", "D", "dtype"})])
+
+
+@dataclass(frozen=True)
+class EncodeCase(_RowCase):
     """Three blocks of rows, encoded from a buffer that holds more.
 
     Attributes:
@@ -96,46 +116,17 @@ class EncodeCase:
         nonfinite: whether some entries are NaN or infinite.
     """
 
-    bits: int = 4
-    D: int = 128
-    dtype: str = "float16"
-    group: int = 0
-    block: int = 64
-    center: bool = True
-    balance: bool = True
     scalings: int = 2
     nonfinite: bool = False
 
     operation = "encode"
 
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else ("encode",)
-
-    def __str__(self) -> str:
-        return ", ".join([f"{self.bits} bits D{self.D} {self.dtype}", *_others(self, {"bits", "D", "dtype"})])
-
 
 @dataclass(frozen=True)
-class DequantizeCase:
+class DequantizeCase(_RowCase):
     """Two blocks of rows, decoded from buffers that hold more. Attributes as in `EncodeCase`."""
 
-    bits: int = 4
-    D: int = 128
-    dtype: str = "float16"
-    group: int = 0
-    block: int = 64
-    center: bool = True
-    balance: bool = True
-
     operation = "dequantize"
-
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else ("dequantize",)
-
-    def __str__(self) -> str:
-        return ", ".join([f"{self.bits} bits D{self.D} {self.dtype}", *_others(self, {"bits", "D", "dtype"})])
 
 
 Case = AttendCase | EncodeCase | DequantizeCase
