@@ -94,23 +94,28 @@ template <int BITS> struct Table {
   }
 };
 
+// COUNT words, by as wide loads as their number allows; a run of 16 bytes starts at a multiple of 16 bytes.
+template <int COUNT> METAL_FUNC void load_words(const device uint* at, thread uint* words) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += (COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1)) {
+    if (COUNT % 4 == 0) {
+      uint4 four = *(const device uint4*)(at + i);
+      words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    } else if (COUNT % 2 == 0) {
+      uint2 two = *(const device uint2*)(at + i);
+      words[i] = two.x, words[i + 1] = two.y;
+    } else {
+      words[i] = at[i];
+    }
+  }
+}
+
 // D / 4 neighbouring elements of one key, as pairs in half2.
 template <typename T, int BITS, int N> struct KeyRun {
   uint words[N * BITS / 32];
   METAL_FUNC void load(const device uint* row, uint first, int) {
     const device uint* at = row + first * BITS / 32;
-#pragma unroll
-    for (int i = 0; i < N * BITS / 32; i += (N * BITS / 32 % 4 == 0 ? 4 : N * BITS / 32 % 2 == 0 ? 2 : 1)) {
-      if (N * BITS / 32 % 4 == 0) {
-        uint4 four = *(const device uint4*)(at + i);
-        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-      } else if (N * BITS / 32 % 2 == 0) {
-        uint2 two = *(const device uint2*)(at + i);
-        words[i] = two.x, words[i + 1] = two.y;
-      } else {
-        words[i] = at[i];
-      }
-    }
+    load_words<N * BITS / 32>(at, words);
   }
   METAL_FUNC uint pair(int p, Lookup table) const {
     constexpr int PER = 16 / BITS;  // pairs in a word
@@ -147,12 +152,7 @@ template <typename T, int N> struct KeyRun<T, 3, N> {
 template <typename T, int N> struct KeyRun<T, 0, N> {
   uint words[N / 2];
   METAL_FUNC void load(const device uint* row, uint first, int) {
-    const device uint4* at = (const device uint4*)(row + first / 2);
-#pragma unroll
-    for (int i = 0; i < N / 8; i++) {
-      uint4 four = at[i];
-      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
-    }
+    load_words<N / 2>(row + first / 2, words);
   }
   METAL_FUNC uint pair(int p, Lookup) const { return Raw<T>::halves(words[p]); }
 };
@@ -165,18 +165,7 @@ template <typename T, int BITS, int N> struct ValueRun {
     if (N * BITS == 16) {
       words[0] = ((const device ushort*)row)[first * BITS / 16];
     } else {
-#pragma unroll
-      for (int i = 0; i < N * BITS / 32; i += (N * BITS / 32 % 4 == 0 ? 4 : N * BITS / 32 % 2 == 0 ? 2 : 1)) {
-        if (N * BITS / 32 % 4 == 0) {
-          uint4 four = *(const device uint4*)(at + i);
-          words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-        } else if (N * BITS / 32 % 2 == 0) {
-          uint2 two = *(const device uint2*)(at + i);
-          words[i] = two.x, words[i + 1] = two.y;
-        } else {
-          words[i] = at[i];
-        }
-      }
+      load_words<N * BITS / 32>(at, words);
     }
   }
 };
