@@ -2,7 +2,7 @@
 //
 // It takes two-pass calls with one scale per row (KG = VG = 1) in float16 or bfloat16 with D = 64, 128 or 256, RC = 8.
 // KD is the number of packed tokens that a simdgroup takes at a time (16, 32 or 64), VD is not used, SHARED_BYTES is room
-// for the tables (128 bytes an entry) or for NSG * 8 * D sums. Inputs, output and the other template constants are those
+// for the tables (256 bytes an entry) or for NSG * 8 * D sums. Inputs, output and the other template constants are those
 // of attend.metal. 32 * NSG threads.
 //
 // Scores are S = Q K^T by mma.m16n8k16: 8 query rows (the other 8 are zeros) times 8 keys, 16 elements at a time. A lane
@@ -37,6 +37,9 @@ METAL_FUNC uint and_or(uint a, uint mask, uint b) {
   return r;
 }
 METAL_FUNC uint pack_halves(float a, float b) { return as_type<uint>(__floats2half2_rn(a, b)); }
+METAL_FUNC uint min_halves(uint a, uint b) {
+  return as_type<uint>(__hmin2(as_type<__half2>(a), as_type<__half2>(b)));
+}
 METAL_FUNC uint permute_bytes(uint a, uint b, uint selector) { return __byte_perm(a, b, selector); }
 
 // Two raw elements (one word of T) as half2; NaN and infinities as 0.
@@ -63,19 +66,20 @@ template <typename T> METAL_FUNC float scale_of(uint two, int j) {
 // Weights of two neighbouring tokens times their values' scales, as half2.
 template <typename T, int VB> METAL_FUNC uint weigh(const float (&p)[4], uint scales) {
   if (VB == 0) { return pack_halves(p[0], p[1]); }
-  return pack_halves(min(p[0] * scale_of<T>(scales, 0), 65504.0f), min(p[1] * scale_of<T>(scales, 1), 65504.0f));
+  return min_halves(pack_halves(p[0] * scale_of<T>(scales, 0), p[1] * scale_of<T>(scales, 1)), 0x7bff7bffu);
 }
 
 struct Lookup {
   threadgroup const char* base;
-  uint mine;
+  uint mine;  // of the lane's copy of entry 0, in bytes from base; below 256
 };
 
-// The table of BITS: 2, 3 and 4 bits look up a pair of codes, 8 bits one code.
+// The table of BITS: 2, 3 and 4 bits look up a pair of codes, 8 bits one code. An entry takes 256 bytes: 32 copies for
+// keys and 32 for values, so that a code that is a byte of a word becomes a place in one instruction.
 template <int BITS> struct Table {
   static constexpr int COUNT = BITS == 0 ? 0 : BITS == 2 ? 16 : 256;
-  static constexpr int WORDS = COUNT * 32 > 0 ? COUNT * 32 : 1;
-  METAL_FUNC static void fill(threadgroup uint* table, uint tid, uint threads) {
+  // `half` is 0 for keys and 1 for values.
+  METAL_FUNC static void fill(threadgroup uint* table, int half, uint tid, uint threads) {
     for (uint i = tid; i < uint(COUNT * 32); i += threads) {
       uint e = i / 32;
       float low = 0.0f, high = 0.0f;
@@ -83,14 +87,18 @@ template <int BITS> struct Table {
       if (BITS == 3) { low = codebook_3[e & 7], high = codebook_3[e >> 4 & 7]; }  // in fields of 4 bits
       if (BITS == 4) { low = codebook_4[e & 15], high = codebook_4[e >> 4]; }
       if (BITS == 8) { low = codebook_8[e]; }
-      table[i] = pack_halves(low, high);
+      table[e * 64 + half * 32 + i % 32] = pack_halves(low, high);
     }
   }
-  // The entry at index (word >> shift) modulo COUNT, of the lane's own copy: `mine` is its place in bytes.
+  // The entry at index (word >> shift) modulo COUNT; shift is a multiple of 8 if COUNT is 256.
   METAL_FUNC static uint at(Lookup table, uint word, int shift) {
-    constexpr int LOG = 7;  // of the bytes of an entry
-    uint place = shift >= LOG ? word >> (shift - LOG) : word << (LOG - shift);
-    return *(threadgroup const uint*)(table.base + and_or(place, (COUNT - 1) << LOG, table.mine));
+    uint place;
+    if (COUNT == 256) {
+      place = permute_bytes(word, table.mine, 0x7604 | shift << 1);  // bytes: of `mine`, the code, 0, 0
+    } else {
+      place = and_or(shift >= 8 ? word >> (shift - 8) : word << (8 - shift), (COUNT - 1) << 8, table.mine);
+    }
+    return *(threadgroup const uint*)(table.base + place);
   }
 };
 
@@ -328,7 +336,6 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   uint worker = (on_raw ? split - uint(sizes[3]) : split) * NSG + sg;
   uint tiles = on_raw ? (raw + 15) / 16 : packed / TILE;
   uint tile = uint(ulong(tiles) * worker / workers), stop = uint(ulong(tiles) * (worker + 1) / workers);
-  uint begin = tile;
 
   ulong base = head * ulong(sizes[0]);
   const device uint* next_k = (const device uint*)k_codes + (base + ulong(tile * TILE + gq)) * KWORDS;
@@ -371,14 +378,13 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       turned_factor[r] = power_turned * table[0] * LOG2E;
     }
   }
-  constexpr int SECOND = SHARE ? 0 : Table<KB>::WORDS;
   if (!on_raw) {
-    Table<KB>::fill(shared_words, tid, 32 * NSG);
-    if (!SHARE) { Table<VB>::fill(shared_words + SECOND, tid, 32 * NSG); }
+    Table<KB>::fill(shared_words, 0, tid, 32 * NSG);
+    if (!SHARE) { Table<VB>::fill(shared_words, 1, tid, 32 * NSG); }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   Lookup ktable = {(threadgroup const char*)shared_words, lane * 4};
-  Lookup vtable = {(threadgroup const char*)(shared_words + SECOND), lane * 4};
+  Lookup vtable = {(threadgroup const char*)shared_words, lane * 4 + (SHARE ? 0 : 128)};
 
   Sums<D> sums;
   sums.top = NO_KEY;
@@ -404,6 +410,13 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
     uint center_group = 0xffffffffu;
     const device T* centers = k_centers + base / BLOCK * D;
     uint blocks_here = packed / BLOCK;
+    if (VB > 0 && tile < stop) {
+      // As the first tile's scales are, so are the others', give or take what float16 has room for.
+      float largest = 0.0f;
+      for (uint i = lane; i < uint(TILE); i += 32) { largest = max(largest, float(v_scales[base + tile * TILE + i])); }
+      int exponent = int(as_type<uint>(simd_max(largest)) >> 23) - 127;
+      sums.lift = float(-clamp(exponent, -60, 60));
+    }
     for (; tile < stop; tile++) {
       ValueRun<T, VB, VN> v[PAIRS][4];
       constexpr int OFFSETS[4] = {0, 1, 8, 9};
@@ -419,16 +432,6 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       for (int b = 0; b < BLOCKS; b++) {
         kscale[b] = KB > 0 ? *(const device uint*)(kscales + 8 * b) : 0;
         vscale[b] = VB > 0 ? *(const device uint*)(vscales + 8 * b) : 0;
-      }
-      if (VB > 0 && tile == begin) {
-        // As the first tile's scales are, so are the others', give or take what float16 has room for.
-        float largest = 0.0f;
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-          largest = max(largest, max(scale_of<T>(vscale[b], 0), scale_of<T>(vscale[b], 1)));
-        }
-        int exponent = int(as_type<uint>(simd_max(largest)) >> 23) - 127;
-        sums.lift = float(-clamp(exponent, -60, 60));
       }
       float center = 0.0f;
       if (CENTER) {

@@ -170,10 +170,10 @@ def _runner(shape: Shape, plan: Plan):
     if plan.resident:
         template.append(("RESIDENT", plan.resident))
     if plan.tensor_cores:
-        # A table of 2, 3, 4 and 8 bits has so many entries, each 32 times 4 bytes; sums take the same room afterwards.
+        # Tables of 2, 3, 4 and 8 bits have so many entries of 256 bytes; sums take the same room afterwards.
         entries = {0: 0, 2: 16, 3: 256, 4: 256, 8: 256}
-        tables = sum(entries[bits] for bits in {shape.key_bits, shape.value_bits})
-        template.append(("SHARED_BYTES", max(128 * tables, 4 * plan.simdgroups * 8 * D)))
+        longest = max(entries[shape.key_bits], entries[shape.value_bits])
+        template.append(("SHARED_BYTES", max(256 * longest, 4 * plan.simdgroups * 8 * D)))
     attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
         shape.backend,
         template=template,

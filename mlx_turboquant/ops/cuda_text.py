@@ -5,7 +5,11 @@ What CUDA spells otherwise is renamed here or defined by kernels/cuda_prelude.h:
 kernels keep to what both languages have.
 """
 
+import hashlib
 import re
+import tempfile
+from functools import cache
+from pathlib import Path
 
 from mlx_turboquant.kernel_source import kernel_source
 
@@ -39,6 +43,19 @@ def launch_bounds(threads: int, resident: int) -> str:
         "#undef __global__\n"
         f"#define __global__ __attribute__((global)) __attribute__((launch_bounds({threads}, {resident})))\n"
     )
+
+
+def in_a_file(text: str) -> str:
+    """One line that includes the text, which NVRTC then reads from a file of this process's own folder."""
+    path = Path(_folder().name) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.h"
+    path.write_text(text)
+    return f'#include "{path}"\n'
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="mlx_turboquant_")
 
 
 def _translate(text: str) -> str:
