@@ -68,7 +68,7 @@ def test_one_block_is_encoded_each_time_the_tail_holds_block_and_window(random_r
     assert cache.block_tokens == 64 and cache.tail_tokens == 16
     for step in range(1, 131):
         cache.update_and_fetch(*random_rows(T=1, seed=step))
-        assert 16 <= cache.tail_tokens < 64 + 16
+        assert 16 < cache.tail_tokens <= 64 + 16
     assert cache.block_tokens == 64 * 3
 
 

@@ -4,7 +4,7 @@ Its tokens lie in three parts, any of them empty:
 
     sinks   raw     (B, Hkv, <= sinks, D)        the first tokens
     blocks  packed  whole blocks only            encoded once, never touched again
-    tail    raw     (B, Hkv, < block + window, D)  the newest tokens; during a prompt, everything not yet encoded
+    tail    raw     (B, Hkv, <= block + window, D)  the newest tokens; during a prompt, everything not yet encoded
 """
 
 import sys
@@ -73,12 +73,11 @@ class TurboQuantKVCache:
             RuntimeError: if the attention that can read compressed rows has been removed from the model.
         """
         self._admit(keys, values)
-        if decoding := self._is_decode(keys.shape[2]):
+        if self._is_decode(keys.shape[2]):
             self._check_bound()
+            self.compress()  # before the new token is added: a cache that joins a batch between two steps is encoded alike
         self._chunk_ended = self._trimmed = False
         self._append_to_tail(keys, values)
-        if decoding:
-            self.compress()
         self._nonfinite.step(self.layer)
         return self.keys_and_values()
 
