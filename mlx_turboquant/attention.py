@@ -1,5 +1,6 @@
 """Attention over compressed keys and values: in a kernel where there is one, else blockwise in plain MLX operations."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ from mlx_turboquant.conditioning import finite_or_zero
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.row_kernels import say_once
-from mlx_turboquant.tensor import CompressedRows, PackedTensor
+from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
 # prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.
@@ -19,8 +20,8 @@ PIECE_TOKENS = 1024
 
 def attend(
     queries: mx.array,
-    keys: CompressedRows,
-    values: CompressedRows,
+    keys: CompressedRows | RaggedRows,
+    values: CompressedRows | RaggedRows,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
@@ -30,7 +31,8 @@ def attend(
 
     Args:
         queries: (B, H, L, D), the newest L tokens; H a multiple of Hkv.
-        keys: T rows of D per head; the queries' own tokens are the last L of them.
+        keys: T rows of D per head; the queries' own tokens are the last L of them (of each sequence, where they are
+            ragged; T is then the longest one's).
         values: T rows of Dv per head.
         scale: factor of the scores.
         mask: None, "causal", or an array that broadcasts to (B, H, L, T): boolean (True attends) or added to scores.
@@ -43,6 +45,8 @@ def attend(
     """
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
+    if isinstance(keys, RaggedRows):
+        return _attend_ragged(queries, keys, values, scale, mask, sinks, choose_backend(backend))
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
     backend = choose_backend(backend)
     if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
@@ -50,30 +54,76 @@ def attend(
         return mx.fast.scaled_dot_product_attention(
             queries, keys.dense(piece), values.dense(piece), scale=scale, mask=mask, sinks=sinks
         )
-    if backend != "reference":
-        sides = _stored(keys), _stored(values)
-        reason = kernel.why_not(queries.shape[3], values.shape[3], keys.block, *sides)
-        if reason is None:
-            causal = isinstance(mask, str)
-            return kernel.attend(
-                queries,
-                *sides,
-                (keys.lengths,) * queries.shape[0],
-                scale=scale,
-                block=keys.block,
-                balance=getattr(keys.quantizer, "balance", None),
-                mask=None if mask is None or causal else _all_tokens(_four_axes(mask), keys.shape[2]),
-                causal=causal,
-                logits=sinks,
-                backend=backend,
-            )
+    fused = _attend_in_kernel(queries, keys, values, (keys.lengths,) * queries.shape[0], scale, mask, sinks, backend)
+    return _attend_pieces(queries, keys, values, scale, mask, sinks) if fused is None else fused
+
+
+def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, sinks, backend: str) -> mx.array:
+    L, T = queries.shape[2], keys.shape[2]
+    if keys.is_raw and L <= MAX_DIRECT_QUERIES:
+        seen = _within_lengths(keys.tokens, L, causal=isinstance(mask, str))
+        if isinstance(mask, mx.array):
+            seen = mask & seen if mask.dtype == mx.bool_ else mx.where(seen, mask, -mx.inf).astype(queries.dtype)
+        k, v = keys.newest[:, :, :T], values.newest[:, :, :T]
+        return mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=seen, sinks=sinks)
+    if L <= MAX_DIRECT_QUERIES and (keys.quantizer.bits or values.quantizer.bits):
+        fused = _attend_in_kernel(queries, keys, values, keys.lengths, scale, mask, sinks, backend)
+        if fused is not None:
+            return fused
+    # One after the other: no room is taken for what the shorter ones do not have.
+    out = []
+    for b, (_, packed, tokens) in enumerate(keys.lengths):
+        query, mine = queries[b : b + 1], mask
+        if isinstance(mask, mx.array):
+            mine = _four_axes(mask)
+            mine = mine[b : b + 1] if mine.shape[0] > 1 else mine
+            mine = mine[..., : keys.tokens[b]] if mine.shape[3] > 1 else mine
+        if packed:
+            out.append(attend(query, keys.sequence(b), values.sequence(b), scale, mine, sinks, backend))
+        else:
+            k, v = (side.newest[b : b + 1, :, :tokens] for side in (keys, values))
+            out.append(mx.fast.scaled_dot_product_attention(query, k, v, scale=scale, mask=mine, sinks=sinks))
+    return mx.concatenate(out)
+
+
+@lru_cache(maxsize=16)  # all layers of a step share it
+def _within_lengths(tokens: tuple[int, ...], L: int, causal: bool) -> mx.array:
+    """(B, 1, L, T) boolean: whether query l of L may see a token of its sequence, which has so many."""
+    ends = mx.array(tokens)[:, None, None, None]
+    if causal:
+        ends = ends + mx.arange(1 - L, 1)[:, None]
+    mask = mx.arange(max(tokens)) < ends
+    mx.eval(mask)  # kept beyond this call, so it must not belong to a graph that is being traced
+    return mask
+
+
+def _attend_in_kernel(queries, keys, values, lengths, scale, mask, sinks, backend: str) -> mx.array | None:
+    """Attention in one call of the backend's kernel; None, said once, if it cannot read these rows."""
+    if backend == "reference":
+        return None
+    sides = _stored(keys), _stored(values)
+    reason = kernel.why_not(queries.shape[3], values.shape[3], keys.block, *sides)
+    if reason is not None:
         say_once("attend", backend, reason, "read this cache")
-    return _attend_pieces(queries, keys, values, scale, mask, sinks)
+        return None
+    causal = isinstance(mask, str)
+    return kernel.attend(
+        queries,
+        *sides,
+        lengths,
+        scale=scale,
+        block=keys.block,
+        balance=getattr(keys.quantizer, "balance", None),
+        mask=None if mask is None or causal else _all_tokens(_four_axes(mask), keys.shape[2]),
+        causal=causal,
+        logits=sinks,
+        backend=backend,
+    )
 
 
-def _stored(rows: CompressedRows) -> kernel.StoredSide:
+def _stored(rows: CompressedRows | RaggedRows) -> kernel.StoredSide:
     quantizer = rows.quantizer
-    tail = rows.newest if rows.newest_length else None
+    tail = rows.newest if isinstance(rows, RaggedRows) or rows.newest_length else None
     return kernel.StoredSide(quantizer.bits, rows.stored, rows.sinks, tail, getattr(quantizer, "rotation", None))
 
 

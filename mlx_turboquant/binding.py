@@ -11,7 +11,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from mlx_turboquant.attention import attend
-from mlx_turboquant.tensor import CompressedRows
+from mlx_turboquant.tensor import CompressedRows, RaggedRows
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -26,7 +26,11 @@ def bind(module: ModuleType) -> None:
     def scaled_dot_product_attention(queries, keys, values, cache=None, *args, **kwargs):
         if isinstance(keys, CompressedRows):
             return attend(queries, keys, values, *args, **kwargs)
-        output = original(queries, keys, values, cache, *args, **kwargs)
+        ragged = isinstance(keys, RaggedRows)  # of which some sequences may still be reading their prompts
+        if ragged:
+            output = attend(queries, keys, values, *args, **kwargs)
+        else:
+            output = original(queries, keys, values, cache, *args, **kwargs)
         observe = getattr(cache, "observe_queries", None)
         sums = None if observe is None else observe(queries)
         # Tied to the output, so that evaluating the step evaluates the sums and no chunk of queries stays alive.

@@ -118,3 +118,56 @@ class CompressedRows:
         if self.newest_length:
             rows.append(self.tail)
         return mx.concatenate(rows, axis=2)
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """The keys, or the values, of one layer of several sequences of unequal lengths, each from row 0 of its buffers.
+
+    Attributes:
+        sinks, stored, newest, quantizer, block: as of `CompressedRows`, a sequence in each entry of the first axis;
+            `stored` is None while no sequence is compressed.
+        lengths: for each sequence, valid rows of sinks, blocks and newest.
+    """
+
+    sinks: mx.array | None
+    stored: PackedTensor | None
+    newest: mx.array
+    lengths: tuple[tuple[int, int, int], ...]
+    quantizer: Any
+    block: int
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """How many tokens each sequence has."""
+        return tuple(map(sum, self.lengths))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hkv, T, D) with the longest sequence's T, as of the padded array it stands for."""
+        B, H, _, D = self.newest.shape
+        return B, H, max(self.tokens), D
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The model's dtype."""
+        return self.quantizer.dtype
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether no sequence is compressed."""
+        return self.stored is None or not any(packed for _, packed, _ in self.lengths)
+
+    def sequence(self, index: int) -> CompressedRows:
+        """One sequence, with a first axis of length 1."""
+        one = slice(index, index + 1)
+        sinks, packed, newest = self.lengths[index]
+        return CompressedRows(
+            self.sinks[one, :, :sinks] if sinks else None,
+            PackedTensor(*(None if array is None else array[one] for array in self.stored)),
+            packed,
+            self.newest[one] if newest else None,
+            newest,
+            self.quantizer.sequences(one),
+            self.block,
+        )

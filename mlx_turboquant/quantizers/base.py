@@ -44,6 +44,12 @@ class Quantizer:
         """The shapes and the dtypes of `encode`'s result for T rows, to check what a file holds."""
         raise NotImplementedError
 
+    def sequences(self, which: slice) -> "Quantizer":
+        """The same for some of the sequences."""
+        part = copy.copy(self)
+        part.balance = None if self.balance is None else self.balance[which]
+        return part
+
     def __deepcopy__(self, memo: dict) -> "Quantizer":
         return copy.copy(self)
 

@@ -1,0 +1,368 @@
+"""The cache of several sequences of unequal lengths, each compressed on its own, which join and leave between steps.
+
+Each sequence lies from row 0 of its buffers, as in `two_phase`, and lengths say what is valid. (mlx-lm's batch cache
+pads on the left; packed blocks would have to move whenever a longer sequence comes.)
+"""
+
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import create_causal_mask
+
+from mlx_turboquant.attention import MAX_DIRECT_QUERIES
+from mlx_turboquant.cache.checks import NonfiniteReport, check_rows
+from mlx_turboquant.cache.ragged_sequences import batch_of_one, extracted, same_kind
+from mlx_turboquant.cache.ragged_store import Length, RaggedStore
+from mlx_turboquant.cache.two_phase import PREFILL_LOOPS
+from mlx_turboquant.quantizers import RawRows, make_quantizers
+from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.tensor import PackedTensor, RaggedRows
+
+
+class BatchTurboQuantKVCache:
+    """A KV cache for one layer and several sequences, with the interface of mlx-lm's ``BatchKVCache``.
+
+    `TurboQuantKVCache.merge` makes it, `extract` takes a sequence out again. A sequence is encoded at the same moments
+    and from the same rows as it would be alone.
+
+    Args:
+        scheme: a ``turbo`` scheme or its text; or ``fp16``, which is never encoded.
+        layer, module, fingerprint: as of `TurboQuantKVCache`.
+        sequences: how many empty ones it begins with.
+    """
+
+    def __init__(
+        self, scheme: KVScheme | str, layer: int = 0, module: str = "", fingerprint: str = "", sequences: int = 0
+    ):
+        self.scheme = KVScheme.parse(scheme)
+        self.layer, self.module, self.fingerprint = layer, module, fingerprint
+        self._rows = RaggedStore(self.scheme, sequences)
+        self._balanced = [False] * sequences  # whether a sequence's row of the key quantizer's balance is its own, or 1
+        self._quantizers: tuple[Any, Any] | None = None
+        self._query_squares: mx.array | None = None  # (B, Hkv, D) float32
+        self._padding: list[int] | None = None  # tokens behind a prompt that are not its own
+        self._ahead: list[int] | None = None  # tokens of such a prompt that are still to come
+        self._valid: list[int] | None = None  # of the tokens of the last update
+        self._chunk_ended = self._trimmed = False  # as of TurboQuantKVCache
+        self._decoding = False  # the last update was a decode step
+        self._nonfinite = NonfiniteReport()
+
+    # --- what a model calls -------------------------------------------------------------------------------------
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        """Add L tokens to each sequence: keys (B, Hkv, L, D), values (B, Hkv, L, Dv).
+
+        Returns:
+            All keys and all values: arrays (B, Hkv, T, D) while nothing is compressed and all lengths are equal,
+            `RaggedRows` otherwise.
+
+        Raises:
+            ValueError: for another number of sequences, or shapes or dtypes that do not fit this cache.
+        """
+        L = keys.shape[2]
+        self._admit(keys, values)
+        if self._is_decode(L):
+            self.compress()  # before the new tokens are added, as TurboQuantKVCache does
+        self._decoding = L == 1 and not self._chunk_ended
+        self._chunk_ended = self._trimmed = False
+        self._rows.append(keys, values)
+        self._valid = [L] * keys.shape[0]
+        if self._ahead is not None:
+            self._valid = [min(max(n, 0), L) for n in self._ahead]
+            self._ahead = [n - L for n in self._ahead]
+        self._nonfinite.step(self.layer)
+        return self.keys_and_values()
+
+    def keys_and_values(self):
+        """All keys and all values, as `update_and_fetch` returns them."""
+        rows, lengths = self._rows, tuple(self._rows.lengths)
+        if rows.blocks is None and len({length.tail for length in lengths}) == 1:
+            return tuple(array[:, :, : lengths[0].tail] for array in rows.tail)
+        sinks, blocks = rows.sinks or (None, None), rows.blocks or (None, None)
+        return tuple(
+            RaggedRows(*parts, lengths, quantizer, self.scheme.block)
+            for *parts, quantizer in zip(sinks, blocks, rows.tail, self._quantizers, strict=True)
+        )
+
+    def observe_queries(self, queries: mx.array) -> mx.array | None:
+        """Add up q_i^2 of the queries (B, H, L, D) of sequences that are raw; the sums, or None if there is no use."""
+        raw = [length.packed == 0 for length in self._rows.lengths]
+        if self._quantizers is None or not self._quantizers[0].wants_queries or not any(raw):
+            return None
+        B, H, L, D = queries.shape
+        Hkv = self._rows.tail[0].shape[1]
+        squares = mx.square(queries.astype(mx.float32)).reshape(B, Hkv, H // Hkv, L, D)
+        counts = [n if is_raw else 0 for n, is_raw in zip(self._valid, raw, strict=True)]
+        if min(counts) < L:
+            counted = mx.arange(L) < mx.array(counts)[:, None]
+            squares = mx.where(counted[:, None, None, :, None], squares, 0.0)
+        squares = squares.sum(axis=(2, 3))
+        self._query_squares = squares if self._query_squares is None else self._query_squares + squares
+        return self._query_squares
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
+        """The mask for the next N tokens of each sequence.
+
+        Returns:
+            None or "causal", which attention applies to each sequence's own length; or, if an array or a window is
+            asked for, boolean (N, T) or (B, 1, N, T).
+        """
+        if not return_array and window_size is None:
+            return None if N == 1 else "causal"
+        tokens = self._rows.tokens
+        if len(set(tokens)) == 1:
+            return create_causal_mask(N, tokens[0], window_size=window_size)
+        positions = (mx.array(tokens)[:, None] + mx.arange(N))[:, None, :, None]
+        columns = mx.arange(max(tokens) + N)
+        mask = columns <= positions
+        return mask if window_size is None else mask & (positions < columns + window_size)
+
+    @property
+    def offset(self) -> mx.array:
+        """(B,) int32: how many tokens each sequence holds, which is the position of its next one."""
+        return mx.array(self._rows.tokens, mx.int32)
+
+    # --- batching -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> "BatchTurboQuantKVCache":
+        """A batch of the sequences of single caches, in order.
+
+        Raises:
+            ValueError: for caches of different schemes, models or layers, or one that holds several sequences.
+        """
+        batch, *others = (batch_of_one(cls, cache) for cache in caches)
+        batch._take_in(others)
+        return batch
+
+    def extend(self, other: "BatchTurboQuantKVCache") -> None:
+        """Add the other batch's sequences behind these.
+
+        Raises:
+            ValueError: for a batch of another scheme, model or layer.
+        """
+        same_kind(self, other)
+        if self._decoding and other._decoding:
+            # The next step would encode what is still raw. Do it now, or every sequence gets room for a raw prompt.
+            self.compress()
+            other.compress()
+        self._take_in([other])
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep only the sequences of these indices, in this order."""
+        keep = [int(i) for i in batch_indices]
+        for name in ("_balanced", "_ahead", "_padding", "_valid"):
+            if getattr(self, name) is not None:
+                setattr(self, name, [getattr(self, name)[i] for i in keep])
+        if self._query_squares is not None:
+            self._query_squares = self._query_squares[mx.array(keep)]
+        if self._balance is not None:
+            self._balance = self._balance[mx.array(keep)]
+        self._rows.take(keep)
+
+    def extract(self, idx: int) -> Any:
+        """The cache of one sequence, with arrays of its own."""
+        return extracted(self, idx)
+
+    def prepare(
+        self, *, left_padding: Any = None, lengths: Sequence[int] | None = None, right_padding: Any = None
+    ) -> None:
+        """Say that the next tokens are prompts that are padded on the right, until `finalize`.
+
+        Args:
+            left_padding: only 0 is supported, since rows lie from 0 on.
+            lengths: (B,) how many of the tokens to come are valid.
+            right_padding: (B,) how many behind them are not.
+
+        Raises:
+            ValueError: for left padding.
+        """
+        if left_padding is not None and max(left_padding) > 0:
+            raise ValueError(
+                "[BatchTurboQuantKVCache] Left padding is not supported: pad prompts on the right, and give lengths "
+                "and right_padding."
+            )
+        if right_padding is not None and max(right_padding) > 0:
+            self._ahead, self._padding = list(lengths), list(right_padding)
+
+    def finalize(self) -> None:
+        """Forget the padding that `prepare` spoke of."""
+        if self._padding is not None:
+            self._rows.forget_newest(self._padding)
+            self._ahead = self._padding = None
+
+    def is_trimmable(self) -> bool:
+        """True: any number of newest tokens can be forgotten."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the newest n tokens of each sequence (all, of one that has fewer); return how many of the longest."""
+        n = min(n, self.size())
+        if all(length.tail >= n for length in self._rows.lengths):
+            self._rows.forget_newest([n] * len(self._rows.lengths))
+        else:
+            singles = [self.extract(i) for i in range(len(self._rows.lengths))]
+            for single in singles:
+                single.trim(n)
+            self.__dict__.update(self.merge(singles).__dict__)
+        self._trimmed = True
+        return n
+
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self._rows.tokens, default=0)
+
+    def empty(self) -> bool:
+        """Whether no sequence holds a token."""
+        return self.size() == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held, with the room that shorter sequences do not fill."""
+        arrays = [*self._rows.arrays().values(), self._query_squares, self._balance]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of the same tokens in the model's dtype, without spare room."""
+        per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail or ())
+        return sum(self._rows.tokens) * per_token
+
+    @property
+    def state(self) -> tuple:
+        """All that it is: text, numbers and arrays; what mlx-lm evaluates between chunks of a prompt."""
+        rows = self._rows
+        if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
+            self._chunk_ended, self._decoding = True, False
+        return (
+            (self.scheme.full_text(), self.layer, self.module, self.fingerprint),
+            [tuple(length) for length in rows.lengths],
+            (rows.tail, rows.sinks, rows.blocks and [tuple(packed) for packed in rows.blocks]),
+            (self._balanced, self._balance, self._query_squares),
+            (self._padding, self._ahead, self._chunk_ended, self._trimmed, self._decoding),
+        )
+
+    @state.setter
+    def state(self, state: tuple) -> None:
+        kind, lengths, arrays, learned, phase = state
+        self.__init__(*kind)
+        rows = self._rows
+        rows.lengths = [Length(*length) for length in lengths]
+        rows.tail, rows.sinks, blocks = arrays
+        rows.blocks = blocks and [PackedTensor(*packed) for packed in blocks]
+        self._balanced, balance, self._query_squares = learned
+        self._padding, self._ahead, self._chunk_ended, self._trimmed, self._decoding = phase
+        if rows.tail is not None:
+            self._make_quantizers(*rows.tail)
+            self._balance = balance
+
+    # --- compression ----------------------------------------------------------------------------------------------
+
+    def compress(self) -> int:
+        """Encode every whole block of each sequence that is older than its window; return how many tokens that was."""
+        if self.scheme.method == "fp16" or self._rows.tail is None:
+            return 0
+        block, window = self.scheme.block, self.scheme.window
+        skips, stops = [], []
+        for _, packed, tail in self._rows.lengths:
+            skip = 0 if packed else min(self.scheme.sinks, tail)
+            stop = skip + max(tail - skip - window, 0) // block * block
+            skips.append(skip if stop > skip else 0)
+            stops.append(stop if stop > skip else 0)
+        work = [i for i, stop in enumerate(stops) if stop]
+        if not work:
+            return 0
+        cases = {(length.packed == 0, stop) for length, stop in zip(self._rows.lengths, stops, strict=True)}
+        groups = [slice(0, len(stops))] if len(cases) == 1 else [slice(i, i + 1) for i in work]
+        bad = [self._encode(which, skips[which.start], stops[which.start]) for which in groups]
+        self._rows.encoded(skips, stops, bad)
+        return sum(stops) - sum(skips)
+
+    def _encode(self, which: slice, skip: int, stop: int) -> mx.array:
+        """Encode rows skip..stop of the tails of some sequences, which all are raw or all have blocks."""
+        tails = [rows[which] for rows in self._rows.tail]
+        keys, values = (rows[:, :, skip:stop] for rows in tails)
+        quantizers = [quantizer.sequences(which) for quantizer in self._quantizers]
+        starts = [length.packed for length in self._rows.lengths[which]]
+        if starts[0] == 0:
+            if skip:
+                self._rows.keep_sinks(which.start, [rows[:, :, :skip] for rows in tails])
+            quantizers[0].fit(keys, None if self._query_squares is None else self._query_squares[which])
+            if quantizers[0].balance is not None:
+                self._set_balance(which, quantizers[0].balance)
+        for side, (quantizer, rows) in enumerate(zip(quantizers, tails, strict=True)):
+            self._rows.write_blocks(side, quantizer.encode(rows, skip, stop), starts, which.start)
+        return self._nonfinite.add(keys, values)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _is_decode(self, tokens: int) -> bool:
+        if self.empty() or self._chunk_ended or self._padding is not None or tokens > MAX_DIRECT_QUERIES:
+            return False
+        return tokens == 1 or self._trimmed
+
+    def _admit(self, keys: mx.array, values: mx.array) -> None:
+        if keys.shape[0] != len(self._rows.lengths):
+            raise ValueError(
+                f"[BatchTurboQuantKVCache] layer {self.layer}: holds {len(self._rows.lengths)} sequences, got keys of "
+                f"{keys.shape[0]}. Merge, extend or filter before the model is called."
+            )
+        held = self._rows.tail or (None, None)
+        check_rows(self.layer, tuple(SimpleNamespace(array=array) for array in held), keys, values)
+        if self._quantizers is None:
+            self._make_quantizers(keys, values)
+
+    def _make_quantizers(self, keys: mx.array, values: mx.array) -> None:
+        dims = keys.shape[3], values.shape[3]
+        if self.scheme.method == "fp16":
+            self._quantizers = tuple(RawRows(self.scheme, dim, keys.dtype) for dim in dims)
+        else:
+            self._quantizers = make_quantizers(self.scheme, *dims, keys.dtype)
+
+    def _take_in(self, others: Sequence["BatchTurboQuantKVCache"]) -> None:
+        """Put the sequences of the others behind these."""
+        parts = [self, *others]
+        for other in others:
+            same_kind(self, other)
+        counts = [len(part._balanced) for part in parts]
+        squares = _joined(counts, [part._query_squares for part in parts], 0.0)
+        balance = _joined(counts, [part._balance for part in parts], 1.0)
+        self._rows.take_in([other._rows for other in others])
+        self._balanced = [one for part in parts for one in part._balanced]
+        self._quantizers = next((part._quantizers for part in parts if part._quantizers is not None), None)
+        self._query_squares, self._balance = squares, balance
+        self._chunk_ended = any(part._chunk_ended for part in parts)
+        self._decoding = all(part._decoding for part in parts)
+        self._valid = None
+
+    @property
+    def _balance(self) -> mx.array | None:
+        return None if self._quantizers is None else self._quantizers[0].balance
+
+    @_balance.setter
+    def _balance(self, balance: mx.array | None) -> None:
+        if self._quantizers is not None:
+            keys = self._quantizers[0].sequences(slice(None))  # a copy: another cache may hold this one
+            keys.balance = balance
+            self._quantizers = keys, self._quantizers[1]
+
+    def _set_balance(self, which: slice, balance: mx.array) -> None:
+        """Set the balance (b, Hkv, D) of some sequences; it is 1 for those that have none yet."""
+        count = len(self._balanced)
+        held = self._balance
+        if held is None:
+            held = mx.ones((count, *balance.shape[1:]))
+        self._balance = mx.concatenate([held[: which.start], balance, held[which.stop :]])
+        self._balanced[which] = [True] * balance.shape[0]
+
+
+def _joined(counts: Sequence[int], arrays: Sequence[mx.array | None], missing: float) -> mx.array | None:
+    """Arrays (count, Hkv, D) one below the other, with a number where one is missing; None if all are."""
+    some = next((array for array in arrays if array is not None), None)
+    if some is None:
+        return None
+    filled = [mx.full((n, *some.shape[1:]), missing) if a is None else a for n, a in zip(counts, arrays, strict=True)]
+    return mx.concatenate(filled)

@@ -1,0 +1,121 @@
+"""Single caches into a batch and out of it again, and whether two batches may be one."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from mlx_turboquant.attention import MAX_DIRECT_QUERIES
+from mlx_turboquant.cache.buffers import PackedBuffer
+from mlx_turboquant.cache.ragged_store import Length
+from mlx_turboquant.cache.raw_layer import RawLayerCache
+from mlx_turboquant.cache.two_phase import TurboQuantKVCache
+from mlx_turboquant.quantizers import make_quantizers
+from mlx_turboquant.tensor import PackedTensor
+
+
+def batch_of_one(kind: type, cache: Any) -> Any:
+    """A batch of class `kind` with the one sequence of a single cache.
+
+    Raises:
+        ValueError: if the cache is of another kind, or holds several sequences.
+    """
+    if isinstance(cache, KVCache):
+        batch = kind("fp16", getattr(cache, "layer", 0), getattr(cache, "module", ""), sequences=1)
+        rows = None if cache.empty() else [mx.array(array[:, :, : cache.offset]) for array in cache.keys_and_values()]
+        if rows is not None:
+            _one_sequence(rows[0])
+            batch._rows.lengths = [Length(0, 0, cache.offset)]
+            batch._rows.tail = rows
+            batch._make_quantizers(*rows)
+        return batch
+    if not isinstance(cache, TurboQuantKVCache):
+        raise ValueError(
+            f"[BatchTurboQuantKVCache] Only a TurboQuantKVCache can be merged, got {type(cache).__name__}. Make all "
+            "caches of a batch with make_prompt_cache and the same kv_scheme."
+        )
+    batch = kind(cache.scheme, cache.layer, cache.module, cache.fingerprint, sequences=1)
+    batch._chunk_ended = cache._chunk_ended
+    if cache._tail[0].array is None:
+        return batch
+    _one_sequence(cache._tail[0].array)
+    batch._rows.lengths = [Length(cache.sink_tokens, cache.block_tokens, cache.tail_tokens)]
+    batch._rows.tail = [mx.array(rows.array) for rows in cache._tail]
+    batch._rows.sinks = None if cache._sinks is None else [mx.array(rows) for rows in cache._sinks]
+    if cache._blocks is not None:
+        batch._rows.blocks = [
+            PackedTensor(*(None if a is None else mx.array(a) for a in blocks.stored())) for blocks in cache._blocks
+        ]
+    batch._quantizers = cache._quantizers
+    batch._balanced = [cache._quantizers[0].balance is not None]
+    batch._query_squares = cache._query_squares
+    return batch
+
+
+def extracted(batch: Any, index: int) -> Any:
+    """The single cache of one sequence of a batch, with arrays of its own."""
+    one = slice(index, index + 1)
+    sinks, packed, tail = batch._rows.lengths[index]
+    if batch.scheme.method == "fp16":
+        return _raw_layer(batch, one, tail)
+    cache = TurboQuantKVCache(batch.scheme, batch.layer, batch.module, batch.fingerprint)
+    if batch._rows.tail is None or sinks + packed + tail == 0:
+        return cache
+    keys, values = batch._rows.tail
+    cache._quantizers = make_quantizers(batch.scheme, keys.shape[3], values.shape[3], keys.dtype)
+    cache._quantizers[0].balance = batch._balance[one] if batch._balanced[index] else None
+    cache._chunk_ended = batch._chunk_ended
+    if batch._query_squares is not None:
+        cache._query_squares = batch._query_squares[one]
+    room = batch.scheme.block + batch.scheme.window + MAX_DIRECT_QUERIES if packed else 0
+    for rows, held in zip(cache._tail, batch._rows.tail, strict=True):
+        rows.append(held[one, :, :tail], room)
+    if packed:
+        if sinks:
+            cache._sinks = tuple(mx.take(held[one], mx.arange(sinks), axis=2) for held in batch._rows.sinks)
+        cache._blocks = tuple(PackedBuffer(batch.scheme.block) for _ in range(2))
+        for blocks, held in zip(cache._blocks, batch._rows.blocks, strict=True):
+            mine = PackedTensor(*(None if array is None else array[one] for array in held))
+            blocks.append(mine.rows(0, packed, batch.scheme.block))
+    return cache
+
+
+def same_kind(first: Any, other: Any) -> None:
+    """Refuse to put two batches together that store different things.
+
+    Raises:
+        ValueError: naming both schemes, models, layers or shapes.
+    """
+    for what, a, b in (
+        ("scheme", first.scheme.full_text(), other.scheme.full_text()),
+        ("model", first.fingerprint or first.module, other.fingerprint or other.module),
+        ("layer", first.layer, other.layer),
+        ("shape", _shape(first), _shape(other)),
+    ):
+        if a != b and None not in (a, b):
+            raise ValueError(
+                f"[BatchTurboQuantKVCache] Caches of one batch must have the same {what}, got {a} and {b}. Make them "
+                "with the same model and kv_scheme."
+            )
+
+
+def _shape(batch: Any) -> tuple | None:
+    if batch._rows.tail is None:
+        return None
+    keys, values = batch._rows.tail
+    return keys.shape[1], keys.shape[3], values.shape[3], str(keys.dtype)
+
+
+def _raw_layer(batch: Any, one: slice, tokens: int) -> RawLayerCache:
+    cache = RawLayerCache(batch.layer)
+    if batch._rows.tail is not None and tokens:
+        cache.keys, cache.values = (mx.take(rows[one], mx.arange(tokens), axis=2) for rows in batch._rows.tail)
+        cache.offset = tokens
+    return cache
+
+
+def _one_sequence(rows: mx.array) -> None:
+    if rows.shape[0] != 1:
+        raise ValueError(
+            f"[BatchTurboQuantKVCache] Each cache to merge must hold one sequence, got one of {rows.shape[0]}."
+        )

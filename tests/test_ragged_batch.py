@@ -1,0 +1,306 @@
+"""Several sequences in one batch: the same tokens as alone, whatever joins and leaves."""
+
+import copy
+from unittest import mock
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from attend_cases import BACKEND, UNSUPPORTED
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.generate import BatchGenerator, generate_step
+
+from mlx_turboquant import attention, make_prompt_cache
+from mlx_turboquant.cache import BatchTurboQuantKVCache, RawLayerCache, TurboQuantKVCache
+from mlx_turboquant.ops import attend as kernel
+
+# With these, a sequence that is not long is raw for a while and then gets a new block each 16 tokens.
+SHORT = "turbo4:block=16,window=4,sinks=2"
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return mx.random.randint(0, 96, (count,), key=mx.random.key(seed)).tolist()
+
+
+def alone(model, prompt: list[int], count: int, cache) -> list[int]:
+    steps = generate_step(mx.array(prompt), model, prompt_cache=cache, max_tokens=count, prefill_step_size=32)
+    return [token for token, _ in steps]
+
+
+@given(
+    st.sampled_from([SHORT, "turbo3", "turbo0v4:window=0", "turbo8v2:balance=0,center=0,block=32"]),
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 15, 16, 21, 22, 23, 32, 33, 64, 83, 84, 85, 120]),  # tokens of a prompt
+            st.integers(1, 40),  # tokens to generate
+            st.integers(0, 5),  # steps until the next one comes
+            st.booleans(),  # removed before it is done
+        ),
+        min_size=2,
+        max_size=8,
+    ),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_schedule_gives_each_sequence_the_tokens_it_has_alone(model, scheme, plan):
+    generator = BatchGenerator(model, prefill_step_size=32, completion_batch_size=8, prefill_batch_size=3)
+    prompts = [ids(length, seed=i) for i, (length, *_) in enumerate(plan)]
+    got: dict[int, list[int]] = {}
+    leaving = {}
+
+    def step() -> bool:
+        prompt_responses, responses = generator.next()
+        for response in responses:
+            got[response.uid].append(response.token)
+        for uid in [uid for uid, left in leaving.items() if len(got[uid]) >= left]:
+            generator.remove([uid])
+            del leaving[uid]
+        return bool(prompt_responses or responses)
+
+    for prompt, (_, count, wait, removed) in zip(prompts, plan, strict=True):
+        (uid,) = generator.insert([prompt], [count], caches=[make_prompt_cache(model, kv_scheme=scheme)])
+        got[uid] = []
+        if removed:
+            leaving[uid] = count // 2
+        for _ in range(wait):
+            step()
+    while step():
+        pass
+    for (uid, tokens), prompt, (_, count, _, removed) in zip(got.items(), prompts, plan, strict=True):
+        expected = alone(model, prompt, count, make_prompt_cache(model, kv_scheme=scheme))
+        assert tokens == (expected[: len(tokens)] if removed else expected), uid
+        assert not removed or len(tokens) >= count // 2
+
+
+def filled(
+    scheme: str, lengths: list[int], steps: int = 0, layer: int = 0, dtype=mx.float16
+) -> list[TurboQuantKVCache]:
+    """Caches with random prompts, and so many decode steps after them; rows depend on the sequence and the position."""
+    caches = [TurboQuantKVCache(scheme, layer) for _ in lengths]
+    for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+        if length:
+            cache.update_and_fetch(*rows(i, 0, length, dtype))
+            for n in range(length, length + steps):
+                cache.update_and_fetch(*rows(i, n, n + 1, dtype))
+    return caches
+
+
+def rows(sequence: int, start: int, stop: int, dtype=mx.float16) -> tuple[mx.array, mx.array]:
+    keys = mx.random.normal((2, 1, 2, 512, 64), key=mx.random.key(sequence))[:, :, :, start:stop]
+    return keys[0].astype(dtype), keys[1].astype(dtype)
+
+
+def flat(cache) -> list:
+    """The state of a single cache as a flat list of numbers, text and numpy arrays."""
+
+    def walk(part):
+        if isinstance(part, (list, tuple)):
+            return [item for inner in part for item in walk(inner)]
+        return (
+            [np.array(part.astype(mx.float32) if part.dtype == mx.bfloat16 else part)]
+            if isinstance(part, mx.array)
+            else [part]
+        )
+
+    return walk(cache.state)
+
+
+def same(a, b) -> bool:
+    pairs = zip(flat(a), flat(b), strict=True)
+    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("scheme", [SHORT, "turbo4:sinks=0", "turbo0v2", "turbo8v0:center=0"])
+def test_a_sequence_taken_out_is_the_cache_it_would_have_been(scheme):
+    lengths = [0, 1, 22, 90, 170]
+    batch = TurboQuantKVCache.merge(filled(scheme, lengths))
+    for n in range(30):
+        new = [rows(i, length + n, length + n + 1) for i, length in enumerate(lengths)]
+        batch.update_and_fetch(*(mx.concatenate(side) for side in zip(*new, strict=True)))
+    singles = filled(scheme, lengths, steps=30)
+    singles[0].update_and_fetch(*rows(0, 0, 1))  # its first token is a prompt
+    for n in range(1, 30):
+        singles[0].update_and_fetch(*rows(0, n, n + 1))
+    assert any(single.block_tokens for single in singles)
+    assert all(same(batch.extract(i), single) for i, single in enumerate(singles))
+    assert batch.offset.tolist() == [single.offset for single in singles] and batch.size() == 200
+    assert batch.raw_nbytes == sum(single.raw_nbytes for single in singles)
+
+
+def test_prompts_that_are_padded_on_the_right_leave_no_trace():
+    lengths, longest = [5, 40, 64], 64
+    caches = filled(SHORT, [0, 0, 0])
+    batch = TurboQuantKVCache.merge(caches)
+    batch.prepare(lengths=lengths, right_padding=[longest - n for n in lengths])
+    for start in range(0, longest, 16):
+        batch.update_and_fetch(
+            *(mx.concatenate(s) for s in zip(*(rows(i, start, start + 16) for i in range(3)), strict=True))
+        )
+    batch.finalize()
+    assert batch.offset.tolist() == lengths
+    assert all(same(batch.extract(i), cache) for i, cache in enumerate(filled(SHORT, lengths)))
+    batch.prepare(left_padding=[0, 0, 0])
+    with pytest.raises(ValueError, match="Left padding is not supported"):
+        batch.prepare(left_padding=[0, 1, 0])
+
+
+@pytest.mark.parametrize("n", [1, 3, 20, 60, 150, 500])
+def test_trimming_a_batch_trims_each_sequence(n):
+    lengths = [1, 22, 90, 170]
+    batch = TurboQuantKVCache.merge(filled(SHORT, lengths, steps=2))
+    singles = filled(SHORT, lengths, steps=2)
+    assert batch.trim(n) == min(n, 172)
+    for single in singles:
+        single.trim(n)
+    for i, single in enumerate(singles):
+        taken = batch.extract(i)
+        taken._trimmed = single._trimmed
+        assert same(taken, single) or (taken.empty() and single.empty())
+
+
+def test_what_leaves_gives_its_room_back():
+    batch = TurboQuantKVCache.merge(filled("turbo4", [100, 500], steps=2))
+    before = batch.nbytes
+    batch.filter([0])
+    assert batch.nbytes < before / 3 and batch.offset.tolist() == [102]
+    raw = BatchTurboQuantKVCache.merge(filled("turbo4", [10, 500]))
+    raw.filter([0])
+    assert raw.nbytes < 2 * 2 * 64 * 2 * 256  # one step of 256 rows at most
+
+
+def test_a_long_prompt_that_joins_takes_no_raw_room_from_the_others():
+    batch = TurboQuantKVCache.merge(filled("turbo4", [100] * 7, steps=2))
+    joining = TurboQuantKVCache.merge(filled("turbo4", [500]))
+    joining.update_and_fetch(*rows(0, 500, 501))
+    batch.update_and_fetch(*(mx.concatenate([new] * 7) for new in rows(0, 102, 103)))
+    joining._chunk_ended = batch._chunk_ended = False
+    batch.extend(joining)
+    assert batch._rows.tail[0].shape[2] == 64 + 16 + 8
+    assert batch.nbytes < 8 * filled("turbo4", [500], steps=2)[0].nbytes * 1.1
+
+
+def test_while_a_prompt_is_read_nothing_is_encoded_by_joining():
+    batch = TurboQuantKVCache.merge(filled("turbo4", [200]))
+    batch.extend(TurboQuantKVCache.merge(filled("turbo4", [300], steps=2)))
+    assert [length.packed for length in batch._rows.lengths] == [0, 256]
+
+
+def test_a_copy_shares_nothing_that_changes():
+    batch = TurboQuantKVCache.merge(filled(SHORT, [30, 50], steps=2))
+    kept = copy.deepcopy(batch)
+    before = [flat(kept.extract(i)) for i in range(2)]
+    for n in range(20):
+        batch.update_and_fetch(*(mx.concatenate([new] * 2) for new in rows(5, n, n + 1)))
+    batch.filter([1])
+    after = [flat(kept.extract(i)) for i in range(2)]
+    assert all(np.array_equal(x, y) for a, b in zip(before, after, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def test_the_state_holds_all_of_it():
+    batch = TurboQuantKVCache.merge(filled(SHORT, [1, 30, 150], steps=2))
+    again = BatchTurboQuantKVCache("turbo4")
+    again.state = batch.state
+    new = [mx.concatenate([part] * 3) for part in rows(7, 0, 1)]
+    for _ in range(20):
+        batch.update_and_fetch(*new)
+        again.update_and_fetch(*new)
+    assert all(same(batch.extract(i), again.extract(i)) for i in range(3))
+
+
+def test_what_does_not_belong_together_is_refused(random_rows):
+    one, two = filled("turbo4", [20, 30])
+    for other, words in (
+        (TurboQuantKVCache("turbo3"), "same scheme, got turbo4:.* and turbo3:"),
+        (TurboQuantKVCache("turbo4", layer=3), "same layer, got 0 and 3"),
+        (TurboQuantKVCache("turbo4", fingerprint="a"), None),
+        (mlx_lm.models.cache.RotatingKVCache(8), "Only a TurboQuantKVCache can be merged, got RotatingKVCache"),
+    ):
+        if words is None:
+            one.fingerprint, words = "b", "same model, got b and a"
+        with pytest.raises(ValueError, match=words):
+            TurboQuantKVCache.merge([one, other])
+    wide = TurboQuantKVCache("turbo4", fingerprint="b")
+    wide.update_and_fetch(*random_rows(H=4))
+    with pytest.raises(ValueError, match="same shape"):
+        TurboQuantKVCache.merge([one, wide])
+    several = TurboQuantKVCache("turbo4")
+    several.update_and_fetch(*random_rows(B=3))
+    with pytest.raises(ValueError, match="must hold one sequence, got one of 3"):
+        TurboQuantKVCache.merge([several])
+    with pytest.raises(ValueError, match="holds 1 sequences, got keys of 2"):
+        TurboQuantKVCache.merge([two]).update_and_fetch(*random_rows(B=2, T=1))
+
+
+def test_the_mask_of_unequal_lengths():
+    batch = TurboQuantKVCache.merge(filled("turbo4", [2, 5]))
+    assert batch.make_mask(1) is None and batch.make_mask(3) == "causal"
+    mask = np.array(batch.make_mask(2, return_array=True))
+    assert mask.shape == (2, 1, 2, 7)
+    for sequence, length in enumerate([2, 5]):
+        for query in range(2):
+            assert mask[sequence, 0, query].tolist() == [token <= length + query for token in range(7)]
+    window = np.array(batch.make_mask(2, window_size=2))
+    assert window.sum(axis=-1).tolist() == [[[2, 2]], [[2, 2]]]
+    equal = TurboQuantKVCache.merge(filled("turbo4", [3, 3]))
+    assert mx.array_equal(equal.make_mask(2, return_array=True), mlx_lm.models.base.create_causal_mask(2, 3))
+
+
+@pytest.mark.skipif(bool(UNSUPPORTED), reason=UNSUPPORTED)
+@pytest.mark.parametrize("L", [1, 3])
+def test_unequal_lengths_are_read_in_one_call_of_the_kernel(L):
+    batch = TurboQuantKVCache.merge(filled(SHORT, [3, 25, 60], steps=2))
+    keys, values = batch.update_and_fetch(
+        *(mx.concatenate(s) for s in zip(*(rows(9, i, i + L) for i in range(3)), strict=True))
+    )
+    assert len({length.packed for length in batch._rows.lengths}) == 3
+    queries = mx.random.normal((3, 4, L, 64), key=mx.random.key(1)).astype(mx.float16)
+    mask = "causal" if L > 1 else None
+    with mock.patch.object(kernel, "attend", wraps=kernel.attend) as calls:
+        fused = attention.attend(queries, keys, values, 0.125, mask, backend=BACKEND)
+    assert calls.call_count == 1
+    one_by_one = attention.attend(queries, keys, values, 0.125, mask, backend="reference")
+    assert mx.allclose(fused, one_by_one, atol=2e-3, rtol=2e-2)
+    shown = attention.attend(
+        queries, keys, values, 0.125, mx.zeros((3, 1, L, keys.shape[2]), mx.float16), backend="reference"
+    )
+    assert mx.allclose(shown, attention.attend(queries, keys, values, 0.125, None, backend="reference"), atol=2e-3)
+
+
+def test_a_second_turn_continues_what_was_taken_out(model):
+    prompts, turn = [ids(n, seed=n) for n in (30, 90, 200)], ids(25, seed=1)
+    caches = [make_prompt_cache(model, kv_scheme=SHORT) for _ in prompts]
+    tokenizer = mock.Mock(eos_token_ids=[], decode=str)
+    first = mlx_lm.batch_generate(
+        model, tokenizer, prompts, caches, max_tokens=20, return_prompt_caches=True, return_token_ids=True
+    )
+    second = mlx_lm.batch_generate(
+        model, tokenizer, [turn] * 3, first.caches, max_tokens=20, return_token_ids=True, prefill_step_size=16
+    )
+    for i, prompt in enumerate(prompts):
+        cache = make_prompt_cache(model, kv_scheme=SHORT)
+        assert alone(model, prompt, 20, cache) == first.token_ids[i]
+        assert alone(model, turn, 20, cache) == second.token_ids[i]
+
+
+def test_raw_layers_of_a_compressed_model_lie_like_the_others():
+    model = tiny_llama(layers=3, seed=4)
+    prompts = [ids(n, seed=n) for n in (7, 40, 60)]
+
+    def mixed():
+        first, _, last = make_prompt_cache(model, kv_scheme=SHORT)
+        return [first, RawLayerCache(1), last]
+
+    tokenizer = mock.Mock(eos_token_ids=[], decode=str)
+    got = mlx_lm.batch_generate(
+        model,
+        tokenizer,
+        prompts,
+        [mixed() for _ in prompts],
+        max_tokens=30,
+        return_token_ids=True,
+        return_prompt_caches=True,
+    )
+    assert [type(cache) for cache in got.caches[0]] == [TurboQuantKVCache, RawLayerCache, TurboQuantKVCache]
+    assert got.token_ids == [alone(model, prompt, 30, mixed()) for prompt in prompts]
