@@ -9,7 +9,7 @@ from mlx_turboquant.conditioning import finite_or_zero
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.row_kernels import say_once
-from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows
+from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows, settle
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
 # prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.
@@ -51,9 +51,11 @@ def attend(
     backend = choose_backend(backend)
     if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
         piece = PIECE_TOKENS if backend == "reference" else None
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys.dense(piece), values.dense(piece), scale=scale, mask=mask, sinks=sinks
-        )
+        k, v = keys.dense(piece), values.dense(piece)
+        out = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask, sinks=sinks)
+        # Now, so that one layer's decoded rows are gone before the next one's are made.
+        settle(k.nbytes + v.nbytes, out)
+        return out
     fused = _attend_in_kernel(queries, keys, values, (keys.lengths,) * queries.shape[0], scale, mask, sinks, backend)
     return _attend_pieces(queries, keys, values, scale, mask, sinks) if fused is None else fused
 

@@ -1,6 +1,7 @@
 """Teacher-forced quality of KV schemes against the fp16 cache, on the caches that generation uses.
 
-A prompt is read once. Then the text's own next tokens are fed, `step` at a time, to every scheme's copy of the cache,
+A prompt is read once, with a raw cache; a scheme with ``prefill=compressed`` reads it again by itself, since what it
+has encoded changes how it reads on. Then the text's own next tokens are fed, `step` at a time, to every scheme's cache,
 and each step's distribution over the next token is compared with the fp16 cache's: the Kullback-Leibler divergence of
 the fp16 distribution from the scheme's, the perplexity, and how often both find the same token likeliest.
 """
@@ -91,6 +92,7 @@ def evaluate(
     step: int = 1,
     progress: Callable[[int], None] = lambda done: None,
     keep_logits: bool = True,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[SchemeResult]:
     """Compare schemes with the fp16 cache.
 
@@ -98,32 +100,43 @@ def evaluate(
         model: an mlx-lm model.
         ids: the text. All but the last are fed; the predictions from `prompt_tokens` on are scored against the text.
         schemes: `KVScheme`, text, or anything `make_prompt_cache` takes.
-        prompt_tokens: how many tokens are read with a raw cache.
+        prompt_tokens: how many tokens are the prompt.
         step: tokens per call. 1 is decoding; more is faster, and keeps up to so many more of the newest tokens raw.
         progress: called with the number of tokens finished, over all schemes and the reference.
         keep_logits: keep the fp16 logits on disk for the next run (`reference_logits`).
+        prefill_chunk: tokens of the prompt per call; what ``prefill=compressed`` costs depends on it.
 
     Returns:
         One result per scheme, in order. A scheme that fails on this device is left out with a warning that says why.
 
     Raises:
-        ValueError: if the text is not longer than the prompt, or a scheme does not parse.
+        ValueError: if the text is not longer than the prompt, step or prefill_chunk is below 1, or a scheme does not
+            parse.
     """
     if not 0 < prompt_tokens < len(ids) - 1:
         raise ValueError(
             f"[evaluate] The text must be longer than the prompt by at least two tokens, "
             f"got {len(ids)} and prompt_tokens={prompt_tokens}."
         )
-    if step < 1:
-        raise ValueError(f"[evaluate] step must be at least 1, got {step}.")
+    for name, value in (("step", step), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"[evaluate] {name} must be at least 1, got {value}.")
+    prompt = ids[:prompt_tokens]
     prefilled = make_prompt_cache(model, kv_scheme="turbo4")
-    for start in range(0, prompt_tokens, PREFILL_CHUNK):
-        model(mx.array(ids[start : min(start + PREFILL_CHUNK, prompt_tokens)])[None], cache=prefilled)
-        mx.eval([c.state for c in prefilled])
+    _read(model, prompt, prefill_chunk, prefilled)
     progress(prompt_tokens)
-    runs = [_Run(scheme, convert(prefilled, make_prompt_cache(model, kv_scheme=scheme))) for scheme in schemes]
+    runs = []
+    for scheme in schemes:
+        cache = make_prompt_cache(model, kv_scheme=scheme)
+        if any(isinstance(layer, TurboQuantKVCache) and layer.scheme.prefill == "compressed" for layer in cache):
+            _read(model, prompt, prefill_chunk, cache)
+        else:
+            cache = convert(prefilled, cache)
+        runs.append(_Run(scheme, cache))
     exact_cache = convert(prefilled, make_prompt_cache(model, kv_scheme="fp16"))
     del prefilled
+    # What is kept was computed after a prompt in chunks of the usual size; others round differently.
+    keep_logits = keep_logits and prefill_chunk == PREFILL_CHUNK
     reference = ReferenceLogits(model, ids, prompt_tokens, step, keep_logits)
     nll_fp16 = []
     for start in range(prompt_tokens, len(ids) - 1, step):
@@ -156,6 +169,12 @@ def evaluate(
     return [_result(run, np.concatenate(nll_fp16)) for run in runs]
 
 
+def _read(model: Any, prompt: list[int], chunk: int, cache: list[Any]) -> None:
+    for start in range(0, len(prompt), chunk):
+        model(mx.array(prompt[start : start + chunk])[None], cache=cache)
+        mx.eval([c.state for c in cache])
+
+
 def convert(prefilled: list[Any], empty: list[Any]) -> list[Any]:
     """Give the prompt that raw-phase caches hold to the empty caches of another scheme, layer by layer."""
     out = []
@@ -166,7 +185,7 @@ def convert(prefilled: list[Any], empty: list[Any]) -> list[Any]:
         keys, values = (mx.array(rows) for rows in source.keys_and_values())
         if isinstance(target, TurboQuantKVCache):
             target.adopt(source)
-        elif type(target) is KVCache:
+        elif isinstance(target, KVCache):
             target.state = (keys, values, keys.shape[2])
         else:  # affine: what mlx-lm does with a raw prompt when it starts to quantize
             raw = KVCache()

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Generator
 from typing import Any
 
+from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.mlx_lm_hooks import make_prompt_cache
 from mlx_turboquant.scheme import KVScheme
@@ -21,8 +22,8 @@ def generate(model: Any, tokenizer: Any, prompt: Any, verbose: bool = False, **k
         kv_scheme: a `KVScheme` or its text; without it nothing is compressed. A draft model's cache takes it too.
 
     Raises:
-        ValueError: for an unknown scheme, an empty prompt, kv_bits or max_kv_size beside a scheme, or a prompt_cache
-            that has another one.
+        ValueError: for an unknown scheme, an empty prompt, kv_bits beside a scheme, a max_kv_size that is too small for
+            it or comes with a draft model, or a prompt_cache that has another scheme.
     """
     return _mlx_lm.generate(model, tokenizer, prompt, verbose=verbose, **_with_cache(model, prompt, kwargs))
 
@@ -36,11 +37,19 @@ def prompt_cache_for(model: Any, kv_scheme: Any, draft_model: Any = None, **kwar
     """The cache that `generate` makes: the model's layers, then the draft model's.
 
     Raises:
-        ValueError: for an unknown scheme, or a kv_bits or max_kv_size in kwargs that conflicts with it.
+        ValueError: for an unknown scheme, or a kv_bits or max_kv_size in kwargs that conflicts with it; for max_kv_size
+            with a draft model, whose rejected drafts a bounded cache could not take back once it has dropped tokens.
     """
     scheme = resolve(kv_scheme)
     if scheme.method != "fp16":
         _refuse_kv_bits(scheme, kwargs.get("kv_bits"))
+    if scheme.method == "turbo" and draft_model is not None and kwargs.get("max_kv_size") is not None:
+        raise ValueError(
+            f"[generate] max_kv_size={kwargs['max_kv_size']} (--max-kv-size) does not go with a draft model: rejected "
+            "drafts are trimmed, and mlx-lm does not trim a cache that has dropped tokens. Leave out one of the two."
+        )
+    if draft_model is not None:
+        check_draft_tokens(scheme, kwargs.get("num_draft_tokens"))
     cache = make_prompt_cache(model, kwargs.get("max_kv_size"), kv_scheme=scheme)
     return cache if draft_model is None else cache + make_prompt_cache(draft_model, kv_scheme=scheme)
 
@@ -61,6 +70,20 @@ def check_prompt_cache(cache: list[Any], kv_scheme: Any = None, kv_bits: int | N
         )
 
 
+def check_draft_tokens(scheme: KVScheme | LayerSchemes, num_draft_tokens: int | None) -> None:
+    """Refuse so many draft tokens that no call would be taken for decoding, and nothing would ever be compressed.
+
+    Raises:
+        ValueError: with the most there can be.
+    """
+    most = MAX_DIRECT_QUERIES - 1  # the token before them is verified with them
+    if scheme.method == "turbo" and num_draft_tokens is not None and num_draft_tokens > most:
+        raise ValueError(
+            f"[generate] num_draft_tokens={num_draft_tokens} (--num-draft-tokens) is more than '{scheme}' can verify "
+            f"over compressed rows. Draft at most {most} tokens at a time."
+        )
+
+
 def _refuse_kv_bits(scheme: KVScheme | LayerSchemes, kv_bits: int | None) -> None:
     if kv_bits is not None:
         raise ValueError(
@@ -76,6 +99,9 @@ def _with_cache(model: Any, prompt: Any, kwargs: dict[str, Any]) -> dict[str, An
         raise ValueError("[generate] The prompt is empty; give at least one token.")
     if kwargs.get("prompt_cache") is not None:
         check_prompt_cache(kwargs["prompt_cache"], kv_scheme, kwargs.get("kv_bits"))
+        ours = next((c for c in kwargs["prompt_cache"] if isinstance(c, TurboQuantKVCache)), None)
+        if ours is not None and kwargs.get("draft_model") is not None:
+            check_draft_tokens(ours.scheme, kwargs.get("num_draft_tokens"))
     elif kv_scheme is not None:
         kwargs["prompt_cache"] = prompt_cache_for(model, kv_scheme, **kwargs)
     return kwargs

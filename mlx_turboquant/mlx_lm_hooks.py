@@ -2,22 +2,26 @@
 
 import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 from mlx_lm.models import cache as mlx_lm_cache
 
 from mlx_turboquant.binding import bind, unbind
-from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache import BatchTurboQuantKVCache, RawLayerCache, SingleKVCache, TurboQuantKVCache
+from mlx_turboquant.cache.bounded_layers import bound_layers
 from mlx_turboquant.fingerprint import fingerprint
-from mlx_turboquant.layers import attention_modules
+from mlx_turboquant.layers import attention_of_layers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.scheme_file import LayerSchemes, for_model, resolve
 
 _WHY_RAW = {
+    "KVCache": "mlx-lm's raw cache: no scheme was asked for, or it is from a file, which does not keep the reason",
+    "RawLayerCache": "the scheme file keeps this layer raw",
     "RotatingKVCache": "a sliding window is bounded already: mlx-lm's rotating cache",
     "ChunkedKVCache": "chunked attention is bounded already: mlx-lm's chunked cache",
     "ArraysCache": "a recurrent state, not keys and values",
-    "CacheList": "several caches in one layer",
+    "CacheList": "several caches in one layer (CacheList): only a cache that is alone in its layer is compressed",
 }
 
 
@@ -31,31 +35,33 @@ def make_prompt_cache(
 
     Args:
         model: an mlx-lm model.
-        max_kv_size: only with a scheme that is not ``turbo``: mlx-lm's limit.
+        max_kv_size: the most tokens a layer holds while decoding; the oldest after the first few are dropped. With a
+            ``turbo`` scheme whole blocks at a time (see `cache.bound`), with any other as mlx-lm does it.
         kv_scheme: a `KVScheme` or its text; or ``@file.json``, a scheme per layer from ``mlx_turboquant.plan``.
 
     Raises:
-        ValueError: for a scheme that does not parse, a scheme file of another model, or max_kv_size with a turbo
-            scheme.
+        ValueError: for a scheme that does not parse, a scheme file of another model, or a max_kv_size that is too
+            small for the scheme or meets a file that keeps layers raw.
 
     Example:
         >>> cache = make_prompt_cache(model, kv_scheme="turbo4v2")   # doctest: +SKIP
         >>> mlx_lm.generate(model, tokenizer, "Hello", prompt_cache=cache)   # doctest: +SKIP
     """
     scheme = resolve(kv_scheme)
-    if scheme.method == "turbo" and max_kv_size is not None:
-        raise ValueError(
-            f"[make_prompt_cache] max_kv_size={max_kv_size} (--max-kv-size) is not supported with '{scheme}': there is "
-            "no bounded compressed cache yet. Leave out one of the two."
-        )
-    base = mlx_lm_cache.make_prompt_cache(model, max_kv_size)
+    bound = max_kv_size if scheme.method == "turbo" else None
+    base = mlx_lm_cache.make_prompt_cache(model, None if scheme.method == "turbo" else max_kv_size)
     if scheme.method == "fp16":
+        for cache in base:
+            if type(cache) is mlx_lm_cache.KVCache:
+                cache.turboquant_why_raw = "fp16 was asked for"
         return base
     layers = model.layers if len(model.layers) == len(base) else [model] * len(base)
     mark = fingerprint(model)
     schemes = _per_layer(scheme, len(base), mark)
-    parts = enumerate(zip(schemes, layers, base, strict=True))
-    caches = [_layer_cache(each, i, layer, cache, mark) for i, (each, layer, cache) in parts]
+    parts = enumerate(zip(schemes, attention_of_layers(model, layers), base, strict=True))
+    caches = [_layer_cache(each, i, *attention, cache, mark) for i, (each, attention, cache) in parts]
+    if any(isinstance(cache, TurboQuantKVCache) for cache in caches):
+        caches = [SingleKVCache.like(cache) if type(cache) is mlx_lm_cache.KVCache else cache for cache in caches]
     if not any(_is_compressed(c) for c in caches) and any(each.method != "fp16" for each in schemes):
         reasons = sorted({why_raw(c) for c in caches})
         warnings.warn(
@@ -63,7 +69,7 @@ def make_prompt_cache(
             RuntimeWarning,
             stacklevel=2,
         )
-    return caches
+    return caches if bound is None else bound_layers(model, caches, bound)
 
 
 def hook(model: Any) -> None:
@@ -71,8 +77,8 @@ def hook(model: Any) -> None:
 
     `make_prompt_cache` does it. It is needed by hand after `unhook`, or for a cache that was loaded before its model.
     """
-    for layer in model.layers:
-        for module in attention_modules(layer)[0]:
+    for modules, _ in attention_of_layers(model, [*model.layers, model]):
+        for module in modules:
             bind(module)
 
 
@@ -93,8 +99,6 @@ def why_raw(cache: Any) -> str:
     if _is_compressed(cache):
         return ""
     default = _WHY_RAW.get(type(cache).__name__, f"{type(cache).__name__} is not a plain KV cache")
-    if type(cache) is mlx_lm_cache.KVCache:
-        default = "fp16 was asked for"
     return getattr(cache, "turboquant_why_raw", default)
 
 
@@ -111,23 +115,24 @@ def _per_layer(scheme: KVScheme | LayerSchemes, count: int, mark: str) -> tuple[
     return scheme.layers
 
 
-def _layer_cache(scheme: KVScheme, index: int, layer: Any, cache: Any, mark: str) -> Any:
+def _layer_cache(
+    scheme: KVScheme, index: int, modules: list[ModuleType], reason: str | None, cache: Any, mark: str
+) -> Any:
     if type(cache) is not mlx_lm_cache.KVCache:
         return cache
     if scheme.method == "affine":
         return mlx_lm_cache.QuantizedKVCache(group_size=scheme.group, bits=scheme.key_bits)
-    if scheme.method == "fp16":
-        cache.turboquant_why_raw = "the scheme file keeps this layer raw"
-        return cache
-    modules, reason = attention_modules(layer)
     if reason is None and len(modules) > 1:
         reason = f"its attention is spread over {', '.join(m.__name__ for m in modules)}"
     if reason is not None:
-        cache.turboquant_why_raw = reason
+        cache.turboquant_why_raw = _WHY_RAW["RawLayerCache"] if scheme.method == "fp16" else reason
         return cache
     bind(modules[0])
+    if scheme.method == "fp16":
+        return RawLayerCache(index)
     return TurboQuantKVCache(scheme, index, modules[0].__name__, mark)
 
 
 # mlx_lm.models.cache.load_prompt_cache looks classes up by name in its own module; adding ours changes nothing else.
-mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache
+for _class in (TurboQuantKVCache, BatchTurboQuantKVCache, RawLayerCache, SingleKVCache):
+    setattr(mlx_lm_cache, _class.__name__, _class)

@@ -14,12 +14,14 @@ from mlx_turboquant.files import written_whole
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.mlx_lm_hooks import hook
 from mlx_turboquant.scheme_file import mismatch, resolve
+from mlx_turboquant.shard import rank_files, rank_path, shard_in, shard_of
 
 _FORMAT, _SCHEME, _MODEL = "mlx_turboquant_format", "mlx_turboquant_scheme", "mlx_turboquant_model"
 _MAX_HEADER_BYTES = 64 << 20
 _CLASSES = (
     "KVCache", "QuantizedKVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache", "CacheList",
     "ConcatenateKVCache", "BatchKVCache", "BatchRotatingKVCache", "TurboQuantKVCache",
+    "RawLayerCache", "SingleKVCache",
 )  # fmt: skip
 
 
@@ -30,6 +32,9 @@ def save_prompt_cache(
 
     The file appears whole or not at all: it is written beside its place, flushed to disk and renamed. The scheme, the
     seed in it, the format version and the model's fingerprint go with it.
+
+    Where several processes hold one model (tensor parallel or pipeline), each calls this with the same name and
+    writes a file of its own: ``notes.safetensors`` becomes ``notes.rank0of2.safetensors`` on rank 0 of 2.
 
     Args:
         file_name: ``.safetensors`` is appended if it is missing, as MLX does.
@@ -42,12 +47,20 @@ def save_prompt_cache(
 
     Raises:
         OSError: if the folder cannot be written to; an older file of this name is then untouched.
+        ValueError: if several processes run together and neither the cache nor `model` says whose share this is.
     """
     path = Path(file_name)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
     ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
     mark = ours.fingerprint if ours is not None else fingerprint(model) if model is not None else ""
+    if not mark and (size := mx.distributed.init().size()) > 1:
+        raise ValueError(
+            f"[save_prompt_cache] {size} processes run together, and a cache without a compressed layer does not say "
+            f"which share of the model filled it; the ranks would overwrite each other's {path}. Pass model=."
+        )
+    shard = shard_in(mark)
+    path = rank_path(path, shard.rank, shard.size)
     scheme = ours.scheme.full_text() if ours is not None else ""
     metadata = {**(metadata or {}), _FORMAT: str(FORMAT_VERSION), _SCHEME: scheme, _MODEL: mark}
     if not path.parent.is_dir():
@@ -65,6 +78,10 @@ def load_prompt_cache(
 ):
     """Load a prompt cache that `save_prompt_cache` or mlx-lm's function of that name wrote.
 
+    Where several processes hold one model, each calls this with the name given to `save_prompt_cache` and reads its
+    own ``.rank0of2.safetensors`` (the share is the model's; without `model`, this process's place in the group that
+    ``mlx.launch`` started). If there is no such file, a file of exactly that name is read, and `model` decides.
+
     Args:
         file_name: the file.
         return_metadata: whether to return (cache, metadata).
@@ -73,9 +90,10 @@ def load_prompt_cache(
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no prompt cache, is cut short or damaged, or is of another version, scheme or model.
+        ValueError: if it is no prompt cache, is cut short or damaged, or is of another version, scheme or model, or
+            of another rank or number of ranks.
     """
-    path = Path(file_name)
+    path = _path_to_read(Path(file_name), model)
     _check_file(path)
     try:
         cache, metadata = mlx_lm_cache.load_prompt_cache(str(path), return_metadata=True)
@@ -94,18 +112,42 @@ def load_prompt_cache(
 
 
 def check_model(cache: list[Any], metadata: dict[str, str], model: Any, path: Path | str) -> None:
-    """Refuse a loaded cache that another model filled.
+    """Refuse a loaded cache that another model filled, or another rank of this one.
 
     Raises:
-        ValueError: with both fingerprints.
+        ValueError: with both shares, or both fingerprints.
     """
     ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
     saved = metadata.get(_MODEL, "") if ours is None else ours.fingerprint
-    if saved and saved != (mine := fingerprint(model)):
+    if not saved or saved == (mine := fingerprint(model)):
+        return
+    held, here = shard_in(saved), shard_in(mine)
+    if held != here:
         raise ValueError(
-            f"[load_prompt_cache] {path} belongs to a model with fingerprint {saved}, this model's is {mine}. Load the "
-            "model that wrote it, with the same quantization and adapters."
+            f"[load_prompt_cache] {path} was filled by {held}; this process holds {here}. A rank reads only what the "
+            "same rank of as many wrote: save the prompt again on every rank, and load it by the name without "
+            "'.rank...'."
         )
+    raise ValueError(
+        f"[load_prompt_cache] {path} belongs to a model with fingerprint {saved}, this model's is {mine}. Load the "
+        "model that wrote it, with the same quantization and adapters."
+    )
+
+
+def _path_to_read(path: Path, model: Any) -> Path:
+    """This rank's file of that name, or else the path itself."""
+    here = mx.distributed.init() if model is None else shard_of(model)
+    rank, size = (here.rank(), here.size()) if model is None else (here.rank, here.size)
+    own = rank_path(path, rank, size)
+    if own.exists() or path.exists():
+        return own if own.exists() else path
+    others = ", ".join(other.name for other in rank_files(path))
+    if others:
+        why = f" There is {others}, but this is rank {rank} of {size}: start as many processes as wrote them"
+        why += ", or save the prompt again."
+    else:
+        why = " Every rank saves its own part of the prompt, on its own disk." if size > 1 else ""
+    raise FileNotFoundError(f"[load_prompt_cache] There is no {own}.{why}")
 
 
 def _check_file(path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.models.cache import CacheList, QuantizedKVCache
 
 from mlx_turboquant.cache import TurboQuantKVCache
 from mlx_turboquant.mlx_lm_hooks import why_raw
@@ -21,7 +21,10 @@ class LayerReport:
         why_raw: the reason if nothing in this layer is compressed; "" otherwise.
         sink_tokens, block_tokens, tail_tokens: raw first tokens, encoded tokens, raw newest tokens.
         nbytes: bytes held.
+        dropped_tokens: oldest tokens that a bounded cache no longer holds.
         raw_nbytes: bytes of the same tokens in the model's dtype; None where mlx-lm's cache does not tell.
+        max_size: how many tokens a compressed layer is bounded to, or None.
+        dropped_tokens: oldest tokens after the sinks that it no longer holds.
     """
 
     layer: int
@@ -32,6 +35,16 @@ class LayerReport:
     tail_tokens: int
     nbytes: int
     raw_nbytes: int | None
+    max_size: int | None = None
+    dropped_tokens: int = 0
+
+    @property
+    def note(self) -> str:
+        """In words, why nothing is compressed, and what a bound has dropped."""
+        if not self.dropped_tokens:
+            return self.why_raw
+        bound = f"bounded to {self.max_size:,} tokens, the oldest {self.dropped_tokens:,} dropped"
+        return f"{self.why_raw}; {bound}" if self.why_raw else bound
 
     @property
     def ratio(self) -> float | None:
@@ -75,7 +88,7 @@ class CacheReport:
             counts = (first.sink_tokens, first.block_tokens, first.tail_tokens)
             label = f"{first.layer}-{rest[-1].layer}" if rest else str(first.layer)
             size = f"{first.nbytes:,}" + (" each" if rest else "")
-            rows.append((label, first.scheme, *(f"{n:,}" for n in counts), size, _times(first.ratio), first.why_raw))
+            rows.append((label, first.scheme, *(f"{n:,}" for n in counts), size, _times(first.ratio), first.note))
         rows.append(("all", "", "", "", "", f"{self.nbytes:,}", _times(self.ratio), ""))
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
         lines = []
@@ -95,8 +108,10 @@ def _layer(index: int, cache: Any) -> LayerReport:
     if isinstance(cache, TurboQuantKVCache):
         counts = (cache.sink_tokens, cache.block_tokens, cache.tail_tokens)
         why = "" if cache.block_tokens else _why_still_raw(cache)
-        return LayerReport(index, str(cache.scheme), why, *counts, cache.nbytes, cache.raw_nbytes)
-    tokens, nbytes = getattr(cache, "offset", 0), 0 if cache.empty() else cache.nbytes
+        bound = cache.max_size, cache.offset - cache.size()
+        return LayerReport(index, str(cache.scheme), why, *counts, cache.nbytes, cache.raw_nbytes, *bound)
+    tokens = cache.size() if isinstance(cache, CacheList) else getattr(cache, "offset", 0)
+    nbytes = 0 if cache.empty() else cache.nbytes
     if isinstance(cache, QuantizedKVCache):
         # Per group: the codes, and a scale and a bias of 16 bits each; the model's dtype is that of the scales.
         raw = (
@@ -119,8 +134,10 @@ def _layer(index: int, cache: Any) -> LayerReport:
 
 def _why_still_raw(cache: TurboQuantKVCache) -> str:
     wanted = cache.scheme.sinks + cache.scheme.block + cache.scheme.window
-    if cache.offset < wanted:
+    if cache.size() < wanted:
         return f"fewer than {wanted} tokens: no whole block lies before the window"
+    if cache.scheme.prefill == "compressed":
+        return "still reading the prompt: encoded once the chunk was read"
     return "still reading the prompt: encoded at the first decode step"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 TURBO_BITS = (0, 2, 3, 4, 8)
 AFFINE_BITS = (4, 8)
 ROTATIONS = ("hadamard", "dense")
+PREFILLS = ("raw", "compressed")
 _TURBO = re.compile(r"turbo(\d{1,3})(?:v(\d{1,3}))?")
 _NAMED = ("fp16", "affine4", "affine8", "turbo2", "turbo3", "turbo4", "turbo8", "turbo0v4", "turbo0v2", "turbo4v2")
 
@@ -33,6 +34,9 @@ class KVScheme:
     - ``balance=1``: scale key channels by what the prompt's queries weigh (exact in the product).
     - ``rotation=hadamard``: or ``dense``, a random orthogonal matrix.
     - ``seed=0``: of the rotation's random signs or matrix.
+    - ``prefill=raw``: a prompt is encoded at the first decode step; or ``compressed``: each chunk of it once it was
+      read. A long prompt then never lies raw in memory, its later chunks attend to compressed earlier ones, and the
+      balance is fitted to the first chunk alone.
 
     Example:
         >>> scheme = KVScheme.parse("turbo4v2:window=32")
@@ -51,6 +55,7 @@ class KVScheme:
     balance: bool = True
     rotation: str = "hadamard"
     seed: int = 0
+    prefill: str = "raw"
 
     def __post_init__(self) -> None:
         allowed = {"fp16": (16,), "affine": AFFINE_BITS, "turbo": TURBO_BITS}
@@ -79,6 +84,7 @@ class KVScheme:
         _check("block", self.block, self.block in (16, 32, 64, 128, 256), "one of 16, 32, 64, 128, 256")
         _check("group", self.group, self.group in groups, f"one of {', '.join(map(str, groups))}")
         _check("rotation", self.rotation, self.rotation in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
+        _check("prefill", self.prefill, self.prefill in PREFILLS, f"one of {', '.join(PREFILLS)}")
         _check("seed", self.seed, 0 <= self.seed < 2**31, "between 0 and 2147483647")
 
     @classmethod

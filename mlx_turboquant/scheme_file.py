@@ -90,9 +90,11 @@ def for_model(scheme: KVScheme | LayerSchemes, mark: str) -> KVScheme | LayerSch
     if isinstance(scheme, KVScheme):
         return scheme
     if scheme.model and scheme.model != mark:
+        # A share's fingerprint (see `fingerprint`) says nothing of the whole model's.
+        share = "If it was planned for all of the model that this is a share of, take 'model' out of the file."
         raise ValueError(
             f"[scheme file] '{scheme}' was chosen for a model with fingerprint {scheme.model}, this model's is {mark}. "
-            "Plan again for this model."
+            + (share if "." in mark else "Plan again for this model.")
         )
     return replace(scheme, model="")
 

@@ -6,6 +6,16 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+# Temporary arrays of so many bytes are worth waiting for: MLX may hold those of many layers, which are under way at the
+# same time (H200, 16 layers of 32k tokens: 7.3 GB at once without waiting).
+LARGE_BYTES = 1 << 25
+
+
+def settle(nbytes: int, *arrays: mx.array | None) -> None:
+    """Evaluate arrays now if what they are made from is large, so that it can be released."""
+    if nbytes >= LARGE_BYTES:
+        mx.eval(*(array for array in arrays if array is not None))
+
 
 class PackedTensor(NamedTuple):
     """T encoded rows of every head. A NamedTuple, so that MLX walks it as a tree (a dataclass it would not).

@@ -19,5 +19,6 @@ TURBO = {
     "turbo4:center=0": 0.05,
     "turbo4:balance=0": 0.06,
     "turbo4:window=0,sinks=0": 0.05,
+    "turbo4:prefill=compressed": 0.05,
     "turbo4:block=16,window=3,sinks=1,seed=5": 0.07,
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,11 +16,12 @@ from mlx_turboquant.cli import hook
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments, env=None):
+def run(*arguments, env=None, typed=None):
     """(exit code, stdout, stderr) of ``python ARGUMENTS``."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **(env or {})}
-    )
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, input=typed, env={**os.environ, **(env or {})},
+    )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
@@ -48,11 +50,14 @@ def test_generate_without_a_scheme_is_mlx_lms(model_dir, prompt):
     assert generate(model_dir, *arguments)[:2] == theirs[:2] == (0, theirs[1])
 
 
-def test_every_flag_of_mlx_lm_is_there(model_dir):
-    ours, theirs = run("-m", "mlx_turboquant", "generate", "--help")[1], run("-m", "mlx_lm", "generate", "--help")[1]
+@pytest.mark.parametrize(
+    ("command", "added"), [("generate", "--kv-report"), ("chat", "--kv-report"), ("server", "--max-prompt-tokens")]
+)
+def test_every_flag_of_mlx_lm_is_there(command, added):
+    ours, theirs = run("-m", "mlx_turboquant", command, "--help")[1], run("-m", "mlx_lm", command, "--help")[1]
     flags = {word.strip("[],") for word in theirs.split() if word.startswith(("--", "[--"))}
-    assert len(flags) > 25 and all(flag in ours for flag in flags)
-    assert "--kv-scheme" in ours and "--kv-report" in ours and "--kv-scheme" not in theirs
+    assert len(flags) > 10 and all(flag in ours for flag in flags)
+    assert "--kv-scheme" in ours and added in ours and "--kv-scheme" not in theirs
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,53 @@ def test_every_flag_of_mlx_lm_is_there(model_dir):
 def test_bad_input_is_one_line_and_exit_code_2(model_dir, arguments, message):
     code, _, err = generate(model_dir, "--prompt", "w5", *arguments)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def chat_dir(model_dir, tmp_path_factory):
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['content'] }} w2 {% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return folder
+
+
+def test_chat_keeps_the_conversation_compressed(chat_dir, prompt):
+    arguments = ("--model", chat_dir, "--max-tokens", 4)
+    typed = f"{prompt}\nw5 w6\nq\n"
+    code, out, err = run("-m", "mlx_turboquant", "chat", *arguments, "--kv-scheme", "turbo4", "--kv-report", "json",
+                         typed=typed)  # fmt: skip
+    assert code == 0, err
+    layer = json.loads(out.splitlines()[-1])["layers"][0]
+    # Both prompts, each with a word of the template, the first answer and at least a word of the second.
+    assert layer["block_tokens"] == 128 and 151 + 4 + 3 < 128 + layer["sink_tokens"] + layer["tail_tokens"] <= 162
+    code, out, err = run("-m", "mlx_turboquant.chat", *arguments, "--kv-scheme", "turb4", typed=typed)
+    assert code == 2 and "Did you mean 'turbo4'?" in err
+
+
+def test_chat_without_a_scheme_is_mlx_lms(chat_dir):
+    arguments = ("--model", chat_dir, "--max-tokens", 4)
+    ours, theirs = (run("-m", name, "chat", *arguments, typed="w5 w6\nq\n")[1] for name in ("mlx_turboquant", "mlx_lm"))
+    rows = [[line for line in text.splitlines() if "w" in line and "tok" not in line] for text in (ours, theirs)]
+    assert rows[0] == rows[1] and rows[0]
+
+
+def test_a_draft_model_drafts_over_compressed_rows(model_dir, prompt, tmp_path):
+    arguments = ("--prompt", prompt, "--kv-scheme", "turbo4", "--draft-model")
+    code, out, err = generate(model_dir, *arguments, model_dir, "--num-draft-tokens", 3, "--kv-report", "json")
+    assert code == 0, err
+    assert [layer["block_tokens"] for layer in json.loads(out.splitlines()[-1])["layers"]] == [128] * 4
+    code, _, err = generate(model_dir, *arguments, model_dir, "--num-draft-tokens", 8)
+    assert code == 2 and "Draft at most 7 tokens at a time" in err and "Traceback" not in err
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"].pop("w95")
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, _, err = generate(model_dir, *arguments, other)
+    assert code == 2 and "Draft model tokenizer does not match" in err and "Traceback" not in err
 
 
 def test_cache_prompt_then_generate(model_dir, prompt, tmp_path):
@@ -127,6 +179,9 @@ def test_the_hook_line_teaches_mlx_lm_its_flags_and_costs_nothing_else(tmp_path,
     arguments = ("--prompt", prompt, "--kv-scheme", "turbo4", "--kv-report")
     code, out, err = generate(model_dir, *arguments, module=("-c", program))
     assert code == 0 and "0-1  turbo4" in out, err
+    for command in ("chat", "server"):
+        code, out, err = run("-c", site + f"from mlx_lm.{command} import main; main()", "--help")
+        assert code == 0 and "--kv-scheme" in out, err
     code, out, _ = run("-c", site + "print([m for m in sys.modules if m.startswith(('mlx', 'numpy'))])")
     assert code == 0 and out.strip() == "[]"
     # Without the flag mlx-lm's function runs untouched; without the package the line does nothing.

@@ -4,9 +4,11 @@ import importlib
 
 import mlx.nn as nn
 import pytest
-from mlx_lm.models import deepseek_v32, llama
+from mlx_lm.models import deepseek_v32, gemma4_text, iquestloopcoder, llama
 
-from mlx_turboquant.layers import attention_modules, why_not
+from mlx_turboquant import hook, make_prompt_cache, unhook
+from mlx_turboquant.binding import is_bound
+from mlx_turboquant.layers import attention_modules, attention_of_layers, why_not
 
 
 def model_class(path):
@@ -39,7 +41,13 @@ def test_attention_that_only_calls_the_attention_function_can_read_compressed_ro
         ("deepseek_v32.Indexer", "reads 'cache.values' itself"),
         ("deepseek_v32.DeepseekV32Attention", "also reads its keys or values in 'kv_latent = "),
         ("plamo2.Attention", "does not call mlx-lm's scaled_dot_product_attention"),
-        ("gemma2.Attention", "does not call mlx-lm's scaled_dot_product_attention"),
+        (
+            "gemma2.Attention",
+            "does not call mlx-lm's scaled_dot_product_attention, so nothing can stand in for it (soft-capped scores)",
+        ),
+        ("gear.Attention", "also reads its keys or values in 'output = _softcap_attention("),
+        ("gemma4_text.Attention", "hands its keys and values to its caller"),
+        ("iquestloopcoder.IQuestLoopCoderModel", "also reads its keys or values in 'out = layer.self_attn.attention("),
         ("llama.MLP", "calls update_and_fetch in a way that is not understood"),
     ],
 )
@@ -69,6 +77,39 @@ def test_a_whole_model_names_each_module_once():
     pair = nn.Module()
     pair.layers = [tiny_block(), tiny_block()]
     assert attention_modules(pair) == ([llama], None)
+
+
+def test_a_layer_that_hands_rows_on_is_followed_through_its_model(monkeypatch):
+    args = gemma4_text.ModelArgs(
+        hidden_size=32, num_hidden_layers=8, intermediate_size=32, num_attention_heads=2, head_dim=16,
+        global_head_dim=32, vocab_size=96, vocab_size_per_layer_input=96, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=4, sliding_window_pattern=2,
+    )  # fmt: skip
+    model = gemma4_text.Model(args)
+    assert attention_modules(model.layers[0], model) == ([gemma4_text], None)
+    assert attention_modules(model.layers[0]) == ([], "gemma4_text.Attention hands its keys and values to its caller")
+    looked_at = []
+    monkeypatch.setattr(
+        "mlx_turboquant.layers.attention_modules", lambda layer, model: looked_at.append(layer) or ([gemma4_text], None)
+    )
+    assert attention_of_layers(model, model.layers) == [([gemma4_text], None)] * 8
+    assert len(looked_at) == 4  # sliding or full, with keys and values or without: each once
+
+
+def test_attention_that_a_model_does_itself_is_bound_and_unbound():
+    """This one fetches from the cache in the whole model's call and attends in its layers, twice per layer."""
+    args = iquestloopcoder.ModelArgs.from_dict(
+        {"model_type": "iquestloopcoder", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "rms_norm_eps": 1e-5,
+         "loop_num": 2, "loop_window_size": 32, "max_position_embeddings": 512}
+    )  # fmt: skip
+    model = iquestloopcoder.Model(args)
+    kinds = [type(c).__name__ for c in make_prompt_cache(model, kv_scheme="turbo4")]
+    assert kinds == ["TurboQuantKVCache"] * 2 + ["RotatingKVCache"] * 2
+    unhook(model)
+    assert not is_bound(iquestloopcoder.__name__)
+    hook(model)
+    assert is_bound(iquestloopcoder.__name__)
 
 
 def test_a_layer_without_attention_says_so():

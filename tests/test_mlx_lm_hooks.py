@@ -119,8 +119,8 @@ def test_attention_that_needs_arrays_stays_raw_with_a_reason():
     assert cache[0].offset == 20
 
 
-def test_max_kv_size_is_refused_in_words(model):
-    with pytest.raises(ValueError, match=r"max_kv_size=64 .*not supported with 'turbo4'"):
+def test_a_max_kv_size_that_a_scheme_cannot_keep_is_refused_in_words(model):
+    with pytest.raises(ValueError, match=r"max_kv_size=64 is too small for 'turbo4'.*at least 156"):
         make_prompt_cache(model, 64, kv_scheme="turbo4")
     assert len(make_prompt_cache(model, 64, kv_scheme="fp16")) == 2
 

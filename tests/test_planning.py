@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemes import TURBO
 
-from mlx_turboquant import KVScheme, TurboQuantKVCache, fingerprint, make_prompt_cache, planning, scheme_file
+from mlx_turboquant import (
+    KVScheme,
+    TurboQuantKVCache,
+    fingerprint,
+    make_prompt_cache,
+    planning,
+    report,
+    scheme_file,
+)
 from mlx_turboquant.planning import Sensitivity, best_uniform, choose, plan_nbytes
 from mlx_turboquant.sizes import LayerShape, cache_nbytes, context_that_fits, layer_shapes
 
@@ -84,7 +92,7 @@ def test_a_scheme_file_gives_each_layer_its_own(model, tmp_path):
     assert json.loads(path.read_text())["note"] == "mine"
     cache = make_prompt_cache(model, kv_scheme=f"@{path}")
     assert isinstance(cache[0], TurboQuantKVCache) and cache[0].scheme == layers[0]
-    assert cache[1].turboquant_why_raw == "the scheme file keeps this layer raw"
+    assert report(cache).layers[1].why_raw == "the scheme file keeps this layer raw"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from mlx_lm.models import cache as mlx_lm_cache
 from schemes import TURBO
 
 import mlx_turboquant
-from mlx_turboquant import TurboQuantKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_turboquant import KVScheme, TurboQuantKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_turboquant import prompt_cache_file as files
+from mlx_turboquant.scheme_file import LayerSchemes
 
 
 def prefilled(model, scheme="turbo4", phase="packed", count=150):
@@ -193,8 +194,8 @@ def test_somebody_elses_weights_are_refused(tmp_path):
 
 WRONG_STATES = [
     ((), "begins with its format version"),
-    (lambda s: (1, *s[1:]), "format version 2 is supported, got 1"),
-    (lambda s: s[:-1], "has 12 parts, got 11"),
+    (lambda s: (2, *s[1:]), "format version 3 is supported, got 2"),
+    (lambda s: s[:-1], "has 13 parts, got 12"),
     (lambda s: (*s[:1], "turbo5", *s[2:]), "key bits of a turbo scheme must be"),
     (lambda s: (*s[:1], "fp16", *s[2:]), "wants a turbo scheme"),
     (lambda s: (*s[:2], "0", *s[3:]), "layer a whole number"),
@@ -209,7 +210,7 @@ WRONG_STATES = [
     (lambda s: (*s[:9], (*s[9][:3], s[8][3], s[9][4]), *s[10:]), "values: centers not expected"),
     (lambda s: (*s[:9], (*s[9][:4], s[9][4][:, :, :-1]), *s[10:]), "equally many tokens"),
     (lambda s: (*s[:9], (s[9][0], None, None, None, s[9][4]), *s[10:]), "equally many tokens"),
-    (lambda s: (*s[:10], s[10][..., :3], s[11]), "balance must be"),
+    (lambda s: (*s[:10], s[10][..., :3], *s[11:]), "balance must be"),
 ]
 
 
@@ -222,3 +223,35 @@ def test_a_state_that_does_not_fit_is_refused(model, change, message):
 
 def test_known_classes_exist():
     assert all(hasattr(mlx_lm_cache, name) for name in files._CLASSES)
+
+
+def test_a_share_of_a_model_gets_a_file_of_its_own(model, tmp_path):
+    cache, _ = prefilled(model)
+    whole = save_prompt_cache(tmp_path / "c", cache)
+    mark = cache[0].fingerprint
+    for rank in (0, 1):
+        cache[0].fingerprint = f"{mark}.tensor{rank}of2"
+        path = save_prompt_cache(whole, cache)
+        assert path.name == f"c.rank{rank}of2.safetensors" == save_prompt_cache(path, cache).name
+    assert sorted(os.listdir(tmp_path)) == ["c.rank0of2.safetensors", "c.rank1of2.safetensors", "c.safetensors"]
+    assert load_prompt_cache(whole, model=model)[0].fingerprint == mark
+    message = r"filled by the share of rank 1 of 2 \(tensor parallel\); this process holds a whole model"
+    with pytest.raises(ValueError, match=message):
+        load_prompt_cache(path, model=model)
+
+
+def test_ranks_of_another_number_are_named_where_the_file_is_missing(model, tmp_path):
+    cache, _ = prefilled(model)
+    cache[0].fingerprint += ".pipeline2of3"
+    save_prompt_cache(tmp_path / "c", cache)
+    with pytest.raises(FileNotFoundError, match=r"no .*c.safetensors. There is c.rank2of3.safetensors, .* rank 0 of 1"):
+        load_prompt_cache(tmp_path / "c.safetensors", model=model)
+
+
+def test_layers_that_a_scheme_file_keeps_raw_are_saved_with_the_others(model, tmp_path):
+    schemes = LayerSchemes((KVScheme.parse("turbo4"), KVScheme.parse("fp16")))
+    cache, ids = prefilled(model, schemes)
+    path = save_prompt_cache(tmp_path / "c", cache)
+    loaded = load_prompt_cache(path, model=model, kv_scheme=schemes)
+    assert [type(c) for c in loaded] == [type(c) for c in cache] and loaded[0].block_tokens == 128
+    assert mx.array_equal(decode(model, ids, cache, 151, 155), decode(model, ids, loaded, 151, 155))

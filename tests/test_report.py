@@ -6,7 +6,7 @@ import mlx.core as mx
 from conftest import decode, tiny_llama, tokens
 from mlx.utils import tree_flatten
 
-from mlx_turboquant import make_prompt_cache, report
+from mlx_turboquant import TurboQuantKVCache, make_prompt_cache, report
 
 
 def test_counts_add_up_and_json_agrees_with_text(model):
@@ -52,3 +52,19 @@ def test_affine_layers_are_measured():
     layer = report(cache).layers[0]
     assert layer.scheme == "affine4:group=64"
     assert layer.raw_nbytes == 256 * 2 * 2 * 64 * 2 and round(layer.ratio, 2) == 3.56  # 4.5 bits
+
+
+def test_what_a_bound_has_dropped_is_said(random_rows):
+    cache = TurboQuantKVCache("turbo4", max_size=200)
+    cache.update_and_fetch(*random_rows(T=190))
+    for n in range(30):
+        cache.update_and_fetch(*random_rows(T=1, seed=n))
+    (layer,) = report([cache]).layers
+    assert (layer.max_size, layer.dropped_tokens) == (200, 64) == (200, cache.offset - cache.size())
+    assert layer.note == "bounded to 200 tokens, the oldest 64 dropped" and layer.note in str(report([cache]))
+
+
+def test_a_compressed_prefill_says_when_it_encodes(random_rows):
+    cache = TurboQuantKVCache("turbo4:prefill=compressed")
+    cache.update_and_fetch(*random_rows(T=190))
+    assert report([cache]).layers[0].note == "still reading the prompt: encoded once the chunk was read"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_turboquant.scheme import ROTATIONS, TURBO_BITS, KVScheme
+from mlx_turboquant.scheme import PREFILLS, ROTATIONS, TURBO_BITS, KVScheme
 
 TURBO_NAMES = [f"turbo{k}" if k == v else f"turbo{k}v{v}" for k in TURBO_BITS for v in TURBO_BITS]
 OPTIONS = {
@@ -18,11 +18,12 @@ OPTIONS = {
     "balance": st.booleans(),
     "rotation": st.sampled_from(ROTATIONS),
     "seed": st.integers(0, 2**31 - 1),
+    "prefill": st.sampled_from(PREFILLS),
 }
 WITH_OPTIONS = [
     "affine4:group=32",
     "turbo4v2:window=32",
-    "turbo3:sinks=0,window=0,block=16,group=8,center=0,balance=0,rotation=dense,seed=2147483647",
+    "turbo3:sinks=0,window=0,block=16,group=8,center=0,balance=0,rotation=dense,seed=2147483647,prefill=compressed",
 ]
 
 
@@ -39,6 +40,7 @@ def test_a_scheme_means_what_its_text_says():
     assert (scheme.method, scheme.key_bits, scheme.value_bits) == ("turbo", 4, 2)
     assert (scheme.sinks, scheme.center, scheme.rotation) == (7, False, "dense")
     assert (scheme.window, scheme.block, scheme.group, scheme.balance, scheme.seed) == (16, 64, 0, True, 0)
+    assert scheme.prefill == "raw" and KVScheme.parse("turbo4:prefill=compressed").prefill == "compressed"
 
 
 def test_one_width_stands_for_both_sides():
@@ -95,6 +97,8 @@ def test_a_scheme_is_a_frozen_value():
         ("affine4:group=16", "group must be one of 32, 64, 128, got 16"),
         ("turbo4:center=2", "center must be 0 or 1, got '2'"),
         ("turbo4:rotation=givens", "rotation must be one of hadamard, dense, got 'givens'"),
+        ("turbo4:prefill=lean", "prefill must be one of raw, compressed, got 'lean'"),
+        ("affine4:prefill=compressed", "Unknown option 'prefill' for affine4"),
         (None, "A scheme is text such as 'turbo4', got NoneType"),
     ],
 )
@@ -117,7 +121,7 @@ def test_any_valid_options_round_trip(name, options):
     assert len(str(scheme)) <= len(scheme.full_text())
 
 
-PIECES = [*"0248v:=,- .", "turbo", "affine", "fp16", "99999999999", "\u0664", *OPTIONS, *ROTATIONS]
+PIECES = [*"0248v:=,- .", "turbo", "affine", "fp16", "99999999999", "\u0664", *OPTIONS, *ROTATIONS, *PREFILLS]
 
 
 @settings(max_examples=200, deadline=None)

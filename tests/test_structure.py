@@ -18,14 +18,14 @@ ROOMS = [
     {"ops", "conditioning"},
     {"quantizers"},
     {"attention"},
-    {"binding", "fingerprint"},
-    {"cache", "layers"},
+    {"binding", "shard", "fingerprint"},
+    {"cache", "row_values", "row_flow", "layers"},
     {"mlx_lm_hooks"},
     {"report", "prompt_cache_file", "generation"},
     {"reference_logits", "sizes", "evaluation"},
     {"planning"},
     {"verification"},
-    {"cli", "generate", "cache_prompt", "evaluate", "plan", "doctor", "__main__", "__init__"},
+    {"cli", "generate", "cache_prompt", "chat", "server", "evaluate", "plan", "doctor", "__main__", "__init__"},
 ]
 RANK = {name: row for row, names in enumerate(ROOMS) for name in names}
 

@@ -47,6 +47,13 @@ class RowBuffer:
         self.array, self.length = None, 0
         self.append(rows, capacity)
 
+    def drop(self, start: int, stop: int, capacity: int = 0) -> None:
+        """Forget rows start..stop and close the gap, in a new array of `capacity` rows, or more if they need it."""
+        rows = self.view()
+        kept = mx.concatenate([rows[:, :, :start], rows[:, :, stop:]], axis=2) if start else rows[:, :, stop:]
+        self.array, self.length = None, 0
+        self.append(kept, capacity)
+
     def truncate(self, length: int) -> None:
         """Forget the rows from `length` on; their room stays."""
         self.length = length
@@ -89,6 +96,12 @@ class PackedBuffer:
         for part, array, rows in zip(self._parts, packed, rows_in_block, strict=True):
             if part is not None:
                 part.append(array, room * rows)
+
+    def drop(self, length: int) -> None:
+        """Forget the first `length` rows (whole blocks); the others move to new arrays with as much room as before."""
+        for part, rows in zip(self._parts, (length, length, length // self.block), strict=True):
+            if part is not None:
+                part.drop(0, rows, part.array.shape[2])
 
     def truncate(self, length: int) -> None:
         """Forget the rows from `length` (whole blocks) on."""

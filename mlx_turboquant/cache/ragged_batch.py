@@ -6,23 +6,23 @@ pads on the left; packed blocks would have to move whenever a longer sequence co
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import create_causal_mask
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
-from mlx_turboquant.cache.checks import NonfiniteReport, check_rows
+from mlx_turboquant.cache.checks import check_rows
+from mlx_turboquant.cache.ragged_compression import RaggedCompression
+from mlx_turboquant.cache.ragged_mask import ragged_mask
 from mlx_turboquant.cache.ragged_sequences import batch_of_one, extracted, same_kind
-from mlx_turboquant.cache.ragged_store import Length, RaggedStore
+from mlx_turboquant.cache.ragged_store import Length
 from mlx_turboquant.cache.two_phase import PREFILL_LOOPS
-from mlx_turboquant.quantizers import RawRows, make_quantizers
-from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor, RaggedRows
 
 
-class BatchTurboQuantKVCache:
+class BatchTurboQuantKVCache(RaggedCompression):
     """A KV cache for one layer and several sequences, with the interface of mlx-lm's ``BatchKVCache``.
 
     `TurboQuantKVCache.merge` makes it, `extract` takes a sequence out again. A sequence is encoded at the same moments
@@ -30,25 +30,9 @@ class BatchTurboQuantKVCache:
 
     Args:
         scheme: a ``turbo`` scheme or its text; or ``fp16``, which is never encoded.
-        layer, module, fingerprint: as of `TurboQuantKVCache`.
+        layer, module, fingerprint, max_size: as of `TurboQuantKVCache`; the bound is each sequence's.
         sequences: how many empty ones it begins with.
     """
-
-    def __init__(
-        self, scheme: KVScheme | str, layer: int = 0, module: str = "", fingerprint: str = "", sequences: int = 0
-    ):
-        self.scheme = KVScheme.parse(scheme)
-        self.layer, self.module, self.fingerprint = layer, module, fingerprint
-        self._rows = RaggedStore(self.scheme, sequences)
-        self._balanced = [False] * sequences  # whether a sequence's row of the key quantizer's balance is its own, or 1
-        self._quantizers: tuple[Any, Any] | None = None
-        self._query_squares: mx.array | None = None  # (B, Hkv, D) float32
-        self._padding: list[int] | None = None  # tokens behind a prompt that are not its own
-        self._ahead: list[int] | None = None  # tokens of such a prompt that are still to come
-        self._valid: list[int] | None = None  # of the tokens of the last update
-        self._chunk_ended = self._trimmed = False  # as of TurboQuantKVCache
-        self._decoding = False  # the last update was a decode step
-        self._nonfinite = NonfiniteReport()
 
     # --- what a model calls -------------------------------------------------------------------------------------
 
@@ -64,7 +48,9 @@ class BatchTurboQuantKVCache:
         """
         L = keys.shape[2]
         self._admit(keys, values)
-        if self._is_decode(L):
+        decode = self._is_decode(L)
+        self._drop_oldest(L if decode else 1)
+        if decode or self.scheme.prefill == "compressed":
             self.compress()  # before the new tokens are added, as TurboQuantKVCache does
         self._decoding = L == 1 and not self._chunk_ended
         self._chunk_ended = self._trimmed = False
@@ -86,6 +72,15 @@ class BatchTurboQuantKVCache:
             RaggedRows(*parts, lengths, quantizer, self.scheme.block)
             for *parts, quantizer in zip(sinks, blocks, rows.tail, self._quantizers, strict=True)
         )
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The raw keys at the end, which a pipeline's stage writes back; see `TurboQuantKVCache.keys`."""
+        return None if self._rows.tail is None else self._rows.tail[0]
+
+    @keys.setter
+    def keys(self, rows: mx.array) -> None:
+        self._rows.tail = [rows, self._rows.tail[1]]
 
     def observe_queries(self, queries: mx.array) -> mx.array | None:
         """Add up q_i^2 of the queries (B, H, L, D) of sequences that are raw; the sums, or None if there is no use."""
@@ -112,18 +107,15 @@ class BatchTurboQuantKVCache:
         """
         if not return_array and window_size is None:
             return None if N == 1 else "causal"
-        tokens = self._rows.tokens
-        if len(set(tokens)) == 1:
-            return create_causal_mask(N, tokens[0], window_size=window_size)
-        positions = (mx.array(tokens)[:, None] + mx.arange(N))[:, None, :, None]
-        columns = mx.arange(max(tokens) + N)
-        mask = columns <= positions
-        return mask if window_size is None else mask & (positions < columns + window_size)
+        drops = self._drops(N if self._is_decode(N) else 1)
+        held = [tokens - n for tokens, n in zip(self._rows.tokens, drops, strict=True)]
+        dropped = [before + n for before, n in zip(self._rows.dropped, drops, strict=True)]
+        return ragged_mask(N, held, dropped, self.scheme.sinks, window_size)
 
     @property
     def offset(self) -> mx.array:
-        """(B,) int32: how many tokens each sequence holds, which is the position of its next one."""
-        return mx.array(self._rows.tokens, mx.int32)
+        """(B,) int32: the position of each sequence's next token."""
+        return _whole_numbers(tuple(map(sum, zip(self._rows.tokens, self._rows.dropped, strict=True))))
 
     # --- batching -------------------------------------------------------------------------------------------------
 
@@ -195,8 +187,8 @@ class BatchTurboQuantKVCache:
             self._ahead = self._padding = None
 
     def is_trimmable(self) -> bool:
-        """True: any number of newest tokens can be forgotten."""
-        return True
+        """Whether any number of newest tokens can be forgotten: no, once one of a bounded cache's were dropped."""
+        return not any(self._rows.dropped)
 
     def trim(self, n: int) -> int:
         """Forget the newest n tokens of each sequence (all, of one that has fewer); return how many of the longest."""
@@ -237,9 +229,11 @@ class BatchTurboQuantKVCache:
         rows = self._rows
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
             self._chunk_ended, self._decoding = True, False
+            if self.scheme.prefill == "compressed":
+                self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
         return (
-            (self.scheme.full_text(), self.layer, self.module, self.fingerprint),
-            [tuple(length) for length in rows.lengths],
+            (self.scheme.full_text(), self.layer, self.module, self.fingerprint, self.max_size),
+            ([tuple(length) for length in rows.lengths], rows.dropped),
             (rows.tail, rows.sinks, rows.blocks and [tuple(packed) for packed in rows.blocks]),
             (self._balanced, self._balance, self._query_squares),
             (self._padding, self._ahead, self._chunk_ended, self._trimmed, self._decoding),
@@ -250,7 +244,7 @@ class BatchTurboQuantKVCache:
         kind, lengths, arrays, learned, phase = state
         self.__init__(*kind)
         rows = self._rows
-        rows.lengths = [Length(*length) for length in lengths]
+        rows.lengths, rows.dropped = [Length(*length) for length in lengths[0]], lengths[1]
         rows.tail, rows.sinks, blocks = arrays
         rows.blocks = blocks and [PackedTensor(*packed) for packed in blocks]
         self._balanced, balance, self._query_squares = learned
@@ -259,43 +253,12 @@ class BatchTurboQuantKVCache:
             self._make_quantizers(*rows.tail)
             self._balance = balance
 
-    # --- compression ----------------------------------------------------------------------------------------------
-
-    def compress(self) -> int:
-        """Encode every whole block of each sequence that is older than its window; return how many tokens that was."""
-        if self.scheme.method == "fp16" or self._rows.tail is None:
-            return 0
-        block, window = self.scheme.block, self.scheme.window
-        skips, stops = [], []
-        for _, packed, tail in self._rows.lengths:
-            skip = 0 if packed else min(self.scheme.sinks, tail)
-            stop = skip + max(tail - skip - window, 0) // block * block
-            skips.append(skip if stop > skip else 0)
-            stops.append(stop if stop > skip else 0)
-        work = [i for i, stop in enumerate(stops) if stop]
-        if not work:
-            return 0
-        cases = {(length.packed == 0, stop) for length, stop in zip(self._rows.lengths, stops, strict=True)}
-        groups = [slice(0, len(stops))] if len(cases) == 1 else [slice(i, i + 1) for i in work]
-        bad = [self._encode(which, skips[which.start], stops[which.start]) for which in groups]
-        self._rows.encoded(skips, stops, bad)
-        return sum(stops) - sum(skips)
-
-    def _encode(self, which: slice, skip: int, stop: int) -> mx.array:
-        """Encode rows skip..stop of the tails of some sequences, which all are raw or all have blocks."""
-        tails = [rows[which] for rows in self._rows.tail]
-        keys, values = (rows[:, :, skip:stop] for rows in tails)
-        quantizers = [quantizer.sequences(which) for quantizer in self._quantizers]
-        starts = [length.packed for length in self._rows.lengths[which]]
-        if starts[0] == 0:
-            if skip:
-                self._rows.keep_sinks(which.start, [rows[:, :, :skip] for rows in tails])
-            quantizers[0].fit(keys, None if self._query_squares is None else self._query_squares[which])
-            if quantizers[0].balance is not None:
-                self._set_balance(which, quantizers[0].balance)
-        for side, (quantizer, rows) in enumerate(zip(quantizers, tails, strict=True)):
-            self._rows.write_blocks(side, quantizer.encode(rows, skip, stop), starts, which.start)
-        return self._nonfinite.add(keys, values)
+    @classmethod
+    def from_state(cls, state: tuple) -> "BatchTurboQuantKVCache":
+        """The batch that `state` describes; mlx-lm's ``load_prompt_cache`` asks for it."""
+        batch = cls.__new__(cls)
+        batch.state = state
+        return batch
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -315,13 +278,6 @@ class BatchTurboQuantKVCache:
         if self._quantizers is None:
             self._make_quantizers(keys, values)
 
-    def _make_quantizers(self, keys: mx.array, values: mx.array) -> None:
-        dims = keys.shape[3], values.shape[3]
-        if self.scheme.method == "fp16":
-            self._quantizers = tuple(RawRows(self.scheme, dim, keys.dtype) for dim in dims)
-        else:
-            self._quantizers = make_quantizers(self.scheme, *dims, keys.dtype)
-
     def _take_in(self, others: Sequence["BatchTurboQuantKVCache"]) -> None:
         """Put the sequences of the others behind these."""
         parts = [self, *others]
@@ -338,25 +294,10 @@ class BatchTurboQuantKVCache:
         self._decoding = all(part._decoding for part in parts)
         self._valid = None
 
-    @property
-    def _balance(self) -> mx.array | None:
-        return None if self._quantizers is None else self._quantizers[0].balance
 
-    @_balance.setter
-    def _balance(self, balance: mx.array | None) -> None:
-        if self._quantizers is not None:
-            keys = self._quantizers[0].sequences(slice(None))  # a copy: another cache may hold this one
-            keys.balance = balance
-            self._quantizers = keys, self._quantizers[1]
-
-    def _set_balance(self, which: slice, balance: mx.array) -> None:
-        """Set the balance (b, Hkv, D) of some sequences; it is 1 for those that have none yet."""
-        count = len(self._balanced)
-        held = self._balance
-        if held is None:
-            held = mx.ones((count, *balance.shape[1:]))
-        self._balance = mx.concatenate([held[: which.start], balance, held[which.stop :]])
-        self._balanced[which] = [True] * balance.shape[0]
+@lru_cache(maxsize=16)  # all layers of a step ask for the same
+def _whole_numbers(numbers: tuple[int, ...]) -> mx.array:
+    return mx.array(numbers, mx.int32)
 
 
 def _joined(counts: Sequence[int], arrays: Sequence[mx.array | None], missing: float) -> mx.array | None:

@@ -30,6 +30,13 @@ def moved_up(array: mx.array, starts: Sequence[int], room: int) -> mx.array:
     return mx.take_along_axis(array, rows[:, None, :, None], axis=2)
 
 
+def without(array: mx.array, first: int, counts: Sequence[int]) -> mx.array:
+    """A new array of the same size in which so many rows of each sequence from row `first` on are left out."""
+    rows = mx.arange(array.shape[2])
+    rows = mx.where(rows < first, rows, rows + mx.array(counts)[:, None])
+    return mx.take_along_axis(array, mx.minimum(rows, array.shape[2] - 1)[:, None, :, None], axis=2)
+
+
 def chosen(array: mx.array, sequences: Sequence[int], room: int) -> mx.array:
     """A new array with the first `room` rows of some sequences."""
     return mx.take(array[:, :, :room], mx.array(sequences), axis=0)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.cache.buffers import PackedBuffer
@@ -20,8 +19,8 @@ def batch_of_one(kind: type, cache: Any) -> Any:
     Raises:
         ValueError: if the cache is of another kind, or holds several sequences.
     """
-    if isinstance(cache, KVCache):
-        batch = kind("fp16", getattr(cache, "layer", 0), getattr(cache, "module", ""), sequences=1)
+    if isinstance(cache, RawLayerCache):
+        batch = kind("fp16", getattr(cache, "layer", None), sequences=1)
         rows = None if cache.empty() else [mx.array(array[:, :, : cache.offset]) for array in cache.keys_and_values()]
         if rows is not None:
             _one_sequence(rows[0])
@@ -34,8 +33,9 @@ def batch_of_one(kind: type, cache: Any) -> Any:
             f"[BatchTurboQuantKVCache] Only a TurboQuantKVCache can be merged, got {type(cache).__name__}. Make all "
             "caches of a batch with make_prompt_cache and the same kv_scheme."
         )
-    batch = kind(cache.scheme, cache.layer, cache.module, cache.fingerprint, sequences=1)
+    batch = kind(cache.scheme, cache.layer, cache.module, cache.fingerprint, cache.max_size, sequences=1)
     batch._chunk_ended = cache._chunk_ended
+    batch._rows.dropped = [cache._dropped]
     if cache._tail[0].array is None:
         return batch
     _one_sequence(cache._tail[0].array)
@@ -58,13 +58,13 @@ def extracted(batch: Any, index: int) -> Any:
     sinks, packed, tail = batch._rows.lengths[index]
     if batch.scheme.method == "fp16":
         return _raw_layer(batch, one, tail)
-    cache = TurboQuantKVCache(batch.scheme, batch.layer, batch.module, batch.fingerprint)
+    cache = TurboQuantKVCache(batch.scheme, batch.layer, batch.module, batch.fingerprint, batch.max_size)
     if batch._rows.tail is None or sinks + packed + tail == 0:
         return cache
     keys, values = batch._rows.tail
     cache._quantizers = make_quantizers(batch.scheme, keys.shape[3], values.shape[3], keys.dtype)
     cache._quantizers[0].balance = batch._balance[one] if batch._balanced[index] else None
-    cache._chunk_ended = batch._chunk_ended
+    cache._chunk_ended, cache._dropped = batch._chunk_ended, batch._rows.dropped[index]
     if batch._query_squares is not None:
         cache._query_squares = batch._query_squares[one]
     room = batch.scheme.block + batch.scheme.window + MAX_DIRECT_QUERIES if packed else 0
@@ -88,8 +88,9 @@ def same_kind(first: Any, other: Any) -> None:
     """
     for what, a, b in (
         ("scheme", first.scheme.full_text(), other.scheme.full_text()),
-        ("model", first.fingerprint or first.module, other.fingerprint or other.module),
+        ("model", first.fingerprint or None, other.fingerprint or None),
         ("layer", first.layer, other.layer),
+        ("max_kv_size", str(first.max_size), str(other.max_size)),
         ("shape", _shape(first), _shape(other)),
     ):
         if a != b and None not in (a, b):

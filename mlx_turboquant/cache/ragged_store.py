@@ -30,6 +30,7 @@ class RaggedStore:
 
     Attributes:
         lengths: a `Length` for each sequence.
+        dropped: for each sequence, tokens right behind the sinks that it no longer holds.
         tail: keys and values (B, Hkv, room, D); None before the first.
         sinks: keys and values (B, Hkv, scheme.sinks, D), or None.
         blocks: packed keys and packed values, with room for the longest sequence and more; None if there are none.
@@ -38,6 +39,7 @@ class RaggedStore:
     def __init__(self, scheme: KVScheme, sequences: int):
         self.scheme = scheme
         self.lengths = [Length(0, 0, 0) for _ in range(sequences)]
+        self.dropped = [0] * sequences
         self.tail: list[mx.array] | None = None
         self.sinks: list[mx.array] | None = None
         self.blocks: list[PackedTensor] | None = None
@@ -111,16 +113,37 @@ class RaggedStore:
         ]
         self.tail = [mx.depends(buffers.moved_up(rows, stops, self._tail_room()), list(after)) for rows in self.tail]
 
+    def drop_oldest(self, counts: Sequence[int]) -> None:
+        """Forget so many tokens (whole blocks) behind each sequence's sinks, of the blocks where there are any."""
+        packed = [n if length.packed else 0 for n, length in zip(counts, self.lengths, strict=True)]
+        raw = [0 if length.packed else n for n, length in zip(counts, self.lengths, strict=True)]
+        if any(packed):
+            rows_of_one = (1, 1, self.scheme.block)
+            for side, held in enumerate(self.blocks):
+                parts = [
+                    None if a is None else buffers.moved_up(a, [n // rows for n in packed], a.shape[2])
+                    for a, rows in zip(held, rows_of_one, strict=True)
+                ]
+                self.blocks[side] = PackedTensor(*parts)
+        if any(raw):
+            self.tail = [buffers.without(rows, self.scheme.sinks, raw) for rows in self.tail]
+        self.lengths = [
+            length._replace(packed=length.packed - n, tail=length.tail - m)
+            for length, n, m in zip(self.lengths, packed, raw, strict=True)
+        ]
+        self.dropped = [before + n for before, n in zip(self.dropped, counts, strict=True)]
+
     def take(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order, and no more room than they need."""
         table = self.arrays()
-        self.lengths = [self.lengths[i] for i in sequences]
+        self.lengths, self.dropped = [self.lengths[i] for i in sequences], [self.dropped[i] for i in sequences]
         self._set(table, lambda name, array: buffers.chosen(array, sequences, self._room(name)))
 
     def take_in(self, others: Sequence["RaggedStore"]) -> None:
         """Put the sequences of the others behind these."""
         parts = [(len(part.lengths), part.arrays()) for part in (self, *others)]
         self.lengths = [length for part in (self, *others) for length in part.lengths]
+        self.dropped = [n for part in (self, *others) for n in part.dropped]
         names = dict.fromkeys(name for _, table in parts for name in table)
 
         def stack(name: _Name, _: None) -> mx.array:

@@ -2,8 +2,8 @@
 
 They store nested lists of arrays, text, whole numbers, booleans and None, and hand them back as lists. The parts, in
 order: format version; the scheme's full text; layer; module; model fingerprint; [batch, heads, key size, value size];
-dtype; [a prefill loop ended a chunk, trim was called]; key side; value side; balance; query squares. A side is
-[sinks, codes, scales, centers, tail], each an array or None.
+dtype; [a prefill loop ended a chunk, trim was called]; key side; value side; balance; query squares; [bound or None,
+tokens dropped]. A side is [sinks, codes, scales, centers, tail], each an array or None.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor
 
-FORMAT_VERSION = 2  # 2: the high bits of 3-bit codes lie in another order
-_PARTS = 12
+FORMAT_VERSION = 3  # 2: the high bits of 3-bit codes lie in another order; 3: the bound is a part
+_PARTS = 13
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -25,7 +25,7 @@ def pack(cache: Any) -> tuple:
     """The state of a cache; arrays are cut to the tokens held, so that trimmed ones are not written out."""
     head = (FORMAT_VERSION, cache.scheme.full_text(), cache.layer, cache.module, cache.fingerprint)
     if cache._tail[0].array is None:
-        return (*head, None, None, None, None, None, None, None)
+        return (*head, None, None, None, None, None, None, None, (cache.max_size, cache._dropped))
     B, H, _, D = cache._tail[0].array.shape
     dtype = next(name for name, dtype in _DTYPES.items() if dtype == cache._tail[0].array.dtype)
     sides = []
@@ -34,7 +34,8 @@ def pack(cache: Any) -> tuple:
         sides.append((cache._sinks and cache._sinks[i], *packed, tail.view() if tail.length else None))
     flags = (cache._chunk_ended, cache._trimmed)
     dims = (B, H, D, cache._tail[1].array.shape[3])
-    return (*head, dims, dtype, flags, *sides, cache._balance, cache._query_squares)
+    bound = cache.max_size, cache._dropped
+    return (*head, dims, dtype, flags, *sides, cache._balance, cache._query_squares, bound)
 
 
 def restore(cache: Any, state: Any) -> None:
@@ -49,10 +50,11 @@ def restore(cache: Any, state: Any) -> None:
         raise _error(f"format version {FORMAT_VERSION} is supported, got {state[0]}")
     if len(state) != _PARTS:
         raise _error(f"a state has {_PARTS} parts, got {len(state)}")
-    _, text, layer, module, fingerprint, dims, dtype, flags, keys, values, balance, squares = state
+    _, text, layer, module, fingerprint, dims, dtype, flags, keys, values, balance, squares, bound = state
     if not all(isinstance(part, str) for part in (text, module, fingerprint)) or type(layer) is not int:
         raise _error("scheme, module and fingerprint must be text and the layer a whole number")
-    cache.__init__(KVScheme.parse(text), layer, module, fingerprint)
+    max_size, dropped = _bound(bound)
+    cache.__init__(KVScheme.parse(text), layer, module, fingerprint, max_size)
     cache._must_bind = bool(module)
     if dims is None:
         return
@@ -86,6 +88,9 @@ def restore(cache: Any, state: Any) -> None:
         raise _error("blocks must be encoded for both keys and values")
     _shaped("balance", balance, (B, H, key_dim), mx.float32)
     _shaped("query squares", squares, (B, H, key_dim), mx.float32)
+    if dropped and sum(lengths[0]) <= cache.scheme.sinks:
+        raise _error(f"more than {cache.scheme.sinks} tokens must be held where {dropped} were dropped")
+    cache._dropped = dropped
     cache._quantizers[0].balance = balance
     cache._query_squares = squares
 
@@ -132,6 +137,13 @@ def _whole_numbers(name: str, numbers: Any, count: int) -> list[int]:
     if not right or not all(type(n) is int and 0 < n < 2**31 for n in numbers):
         raise _error(f"{name} must be {count} whole numbers above 0, got {numbers!r}")
     return list(numbers)
+
+
+def _bound(bound: Any) -> tuple[int | None, int]:
+    pair = isinstance(bound, (list, tuple)) and len(bound) == 2
+    if not pair or type(bound[1]) is not int or bound[1] < 0 or (bound[0] is None and bound[1] > 0):
+        raise _error(f"the bound must be [tokens or None, tokens dropped], got {bound!r}")
+    return tuple(bound)
 
 
 def _error(reason: str) -> ValueError:

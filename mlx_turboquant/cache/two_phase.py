@@ -5,22 +5,24 @@ Its tokens lie in three parts, any of them empty:
     sinks   raw     (B, Hkv, <= sinks, D)        the first tokens
     blocks  packed  whole blocks only            encoded once, never touched again
     tail    raw     (B, Hkv, <= block + window, D)  the newest tokens; during a prompt, everything not yet encoded
+
+While it is raw, its sinks are the tail's first rows. A bounded cache misses tokens right behind its sinks: see `bound`.
 """
 
 import sys
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import create_attention_mask
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
-from mlx_turboquant.cache import saved_state
+from mlx_turboquant.cache import saved_state, trimming, weight
+from mlx_turboquant.cache.bound import attention_mask, check_max_size, tokens_to_drop
 from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
 from mlx_turboquant.cache.checks import NonfiniteReport, check_rows
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
-from mlx_turboquant.tensor import CompressedRows
+from mlx_turboquant.tensor import CompressedRows, settle
 
 # mlx-lm's prefill loops evaluate `[c.state for c in prompt_cache]` after each chunk of a prompt and never while
 # decoding. That tells a chunk of one token from a decode step, whatever the chunk size.
@@ -35,18 +37,28 @@ class TurboQuantKVCache:
         layer: this layer's number, for messages and reports.
         module: name of the module whose attention reads this cache; made by `make_prompt_cache`.
         fingerprint: of the model, see `fingerprint`; stored with the cache.
+        max_size: the most tokens it holds while decoding, the oldest but the sinks being dropped; None for no bound.
 
     When it compresses: in the first decode step, and then one block each `block` steps. A call with one token is a
     decode step unless a prefill loop of mlx-lm read `state` since the last call. A call with 2 to 8 tokens is a
     decode step (verifying a draft) if `trim` was called since the last call. Everything else is prompt. `compress`
-    does it at once.
+    does it at once. With the scheme's ``prefill=compressed`` a chunk of a prompt is encoded as soon as it was read:
+    when a prefill loop of mlx-lm reads `state` after it, or else at the next call.
     """
 
-    def __init__(self, scheme: KVScheme | str, layer: int = 0, module: str = "", fingerprint: str = ""):
+    def __init__(
+        self,
+        scheme: KVScheme | str,
+        layer: int = 0,
+        module: str = "",
+        fingerprint: str = "",
+        max_size: int | None = None,
+    ):
         self.scheme = KVScheme.parse(scheme)
         if self.scheme.method != "turbo":
             raise ValueError(f"[TurboQuantKVCache] wants a turbo scheme, got '{self.scheme}'; see make_prompt_cache.")
-        self.layer, self.module, self.fingerprint = layer, module, fingerprint
+        check_max_size(max_size, self.scheme, "[TurboQuantKVCache] max_size")
+        self.layer, self.module, self.fingerprint, self.max_size = layer, module, fingerprint, max_size
         self._must_bind = False  # a loaded cache binds its model's attention when it is first used
         self._reset()
 
@@ -58,6 +70,7 @@ class TurboQuantKVCache:
         self._query_squares: mx.array | None = None  # (B, Hkv, D) float32, over the prompt
         self._chunk_ended = False  # a prefill loop read the state since the last update
         self._trimmed = False  # trim was called since the last update
+        self._dropped = 0  # tokens right behind the sinks that a bounded cache no longer holds
         self._nonfinite = NonfiniteReport()
 
     # --- what a model calls -------------------------------------------------------------------------------------
@@ -66,23 +79,29 @@ class TurboQuantKVCache:
         """Add the keys (B, Hkv, L, D) and values (B, Hkv, L, Dv) of L tokens.
 
         Returns:
-            All keys and all values: arrays before anything is compressed, `CompressedRows` after.
+            The keys and values of all tokens held: arrays before anything is compressed, `CompressedRows` after.
 
         Raises:
             ValueError: for shapes or dtypes that do not fit this cache, an odd head size, or no tokens.
             RuntimeError: if the attention that can read compressed rows has been removed from the model.
         """
         self._admit(keys, values)
-        if self._is_decode(keys.shape[2]):
+        L = keys.shape[2]
+        decode = self._is_decode(L)
+        encode = decode or self.scheme.prefill == "compressed"
+        if encode:
             self._check_bound()
-            self.compress()  # before the new token is added: a cache that joins a batch between two steps is encoded alike
+        self._drop_oldest(L if decode else 1)
+        if encode:
+            # Before the new token is added: a cache that joins a batch between two steps is encoded alike.
+            self.compress()
         self._chunk_ended = self._trimmed = False
         self._append_to_tail(keys, values)
         self._nonfinite.step(self.layer)
         return self.keys_and_values()
 
     def keys_and_values(self):
-        """All keys and all values, as `update_and_fetch` returns them."""
+        """The keys and values of all tokens held, as `update_and_fetch` returns them."""
         if self._blocks is None:
             return tuple(rows.view() for rows in self._tail)
         return tuple(
@@ -91,6 +110,16 @@ class TurboQuantKVCache:
                 self._sinks or (None, None), self._blocks, self._tail, self._quantizers, strict=True
             )
         )
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The raw keys at the end with their spare room, for a pipeline: its stages write `keys` back, tied to what
+        they send to the next stage, so that evaluating the cache after a chunk of the prompt sends it."""
+        return self._tail[0].array
+
+    @keys.setter
+    def keys(self, rows: mx.array) -> None:
+        self._tail[0].array = rows
 
     def observe_queries(self, queries: mx.array) -> mx.array | None:
         """Add up q_i^2 of a prompt's queries (B, H, L, D) per key head; the sums, or None if the scheme has no use."""
@@ -102,16 +131,19 @@ class TurboQuantKVCache:
         self._query_squares = squares if self._query_squares is None else self._query_squares + squares
         return self._query_squares
 
-    def make_mask(self, *args: Any, **kwargs: Any):
-        """The mask for the next N tokens, as mlx-lm's ``KVCache`` makes it."""
-        return create_attention_mask(*args, offset=self.offset, **kwargs)
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        """The mask for the next N tokens, as mlx-lm's ``KVCache`` makes it, over the tokens held then."""
+        held = self.size()
+        if self.max_size is not None:
+            held -= tokens_to_drop(held, N if self._is_decode(N) else 1, self.max_size, self.scheme)
+        return attention_mask(N, self.offset, held, self.scheme.sinks, return_array, window_size)
 
     # --- what mlx-lm asks a cache ---------------------------------------------------------------------------------
 
     @property
     def offset(self) -> int:
-        """How many tokens it holds."""
-        return self.sink_tokens + self.block_tokens + self.tail_tokens
+        """The next token's position: how many tokens it has seen and not trimmed."""
+        return self.size() + self._dropped
 
     @property
     def sink_tokens(self) -> int:
@@ -129,54 +161,40 @@ class TurboQuantKVCache:
         return self._tail[0].length
 
     def size(self) -> int:
-        """How many tokens it holds."""
-        return self.offset
+        """How many tokens it holds: all of them, but for those that a bound made it drop."""
+        return self.sink_tokens + self.block_tokens + self.tail_tokens
 
     def empty(self) -> bool:
         """Whether it holds no tokens."""
-        return self.offset == 0
+        return self.size() == 0
 
     def is_trimmable(self) -> bool:
-        """True: any number of newest tokens can be forgotten."""
-        return True
+        """Whether any number of newest tokens can be forgotten: True until a bound made it drop old ones."""
+        return self._dropped == 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of every array held: raw and packed rows with their spare room, scales, centres, statistics."""
-        arrays = [*(self._sinks or ()), self._query_squares, self._balance]
-        buffers = [*self._tail, *(self._blocks or ())]
-        return sum(a.nbytes for a in arrays if a is not None) + sum(b.nbytes for b in buffers)
+        return weight.nbytes(self)
 
     @property
     def raw_nbytes(self) -> int:
-        """Bytes of the same tokens in the model's dtype, without spare room."""
-        if self._tail[0].array is None:
-            return 0
-        return sum(
-            self.offset * rows.array.shape[0] * rows.array.shape[1] * rows.array.shape[3] * rows.array.itemsize
-            for rows in self._tail
-        )
+        """Bytes of the tokens held in the model's dtype, without spare room."""
+        return weight.raw_nbytes(self)
 
     @property
     def bits_per_element(self) -> tuple[float, float]:
         """Stored bits per element of encoded keys and of encoded values: codes, scales, centres; 16 or 32 while raw."""
-        if self._blocks is None:
-            bits = 16.0 if self._tail[0].array is None else 8.0 * self._tail[0].array.itemsize
-            return bits, bits
-        packed = (blocks.view() for blocks in self._blocks)
-        return tuple(
-            8 * rows.nbytes / (rows.length * rows.codes.shape[0] * rows.codes.shape[1] * quantizer.dim)
-            for rows, quantizer in zip(packed, self._quantizers, strict=True)
-        )
+        return weight.bits_per_element(self)
 
     def adopt(self, other: "TurboQuantKVCache") -> None:
         """Take over the prompt that another cache, of any scheme, holds raw.
 
         Raises:
-            ValueError: if this cache is not empty or the other is compressed already.
+            ValueError: if this cache is not empty, or the other is compressed already or has dropped tokens.
         """
-        if not self.empty() or other._blocks is not None:
-            raise ValueError("[TurboQuantKVCache.adopt] Only an empty cache can adopt, and only a raw one.")
+        if not self.empty() or other._blocks is not None or other._dropped:
+            raise ValueError("[TurboQuantKVCache.adopt] Only an empty cache can adopt, and only a raw and whole one.")
         self.update_and_fetch(*(mx.array(rows) for rows in other.keys_and_values()))
         self._query_squares = other._query_squares
 
@@ -184,18 +202,11 @@ class TurboQuantKVCache:
         """Forget the newest n tokens (or all, if there are fewer) and return how many that was.
 
         A block that is cut is decoded and its remaining tokens return to the tail.
+
+        Raises:
+            ValueError: if a bounded cache would have to go back to a token that it dropped.
         """
-        n = min(n, self.offset)
-        kept = self.offset - n
-        self._trimmed = True
-        if kept == 0:
-            self._reset()
-        elif kept >= self.offset - self.tail_tokens:
-            for rows in self._tail:
-                rows.truncate(rows.length - n)
-        else:
-            self._cut_blocks(kept)
-        return n
+        return trimming.trim(self, n)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
         """mlx-lm calls this for ``kv_bits``, which cannot be combined with a scheme.
@@ -211,7 +222,14 @@ class TurboQuantKVCache:
     # --- compression ----------------------------------------------------------------------------------------------
 
     def compress(self) -> int:
-        """Encode every whole block that is older than the window, now; return how many tokens were encoded."""
+        """Encode every whole block that is older than the window, now; return how many tokens were encoded.
+
+        A bounded cache first drops what a next token would leave no room for.
+        """
+        self._drop_oldest(1)
+        return self._encode()
+
+    def _encode(self) -> int:
         block, window = self.scheme.block, self.scheme.window
         first = self._blocks is None
         skip = min(self.scheme.sinks, self.tail_tokens) if first else 0
@@ -230,30 +248,25 @@ class TurboQuantKVCache:
             rows.keep(stop, rows.length, block + window + MAX_DIRECT_QUERIES)
             # Whoever evaluates the tail evaluates the count: left for later, it would keep the raw rows alive.
             rows.array = mx.depends(rows.array, bad)
+        made = [array for blocks in self._blocks for array in blocks.stored()]
+        made += [rows.array for rows in self._tail] + [self._balance, *(self._sinks or ())]
+        settle(keys.nbytes + values.nbytes, *made)
         return stop - skip
 
-    def _cut_blocks(self, kept: int) -> None:
-        """Keep the first `kept` tokens, which end in a block or in the sinks."""
-        block = self.scheme.block
-        sinks = self._sinks or (None, None)
-        whole, rest = divmod(max(kept - self.sink_tokens, 0), block)
-        tails = []
-        for side, (blocks, quantizer) in enumerate(zip(self._blocks, self._quantizers, strict=True)):
-            rows = []
-            if whole == 0 and sinks[side] is not None:  # no block is left: raw again from the first token
-                rows.append(sinks[side][:, :, :kept])
-            if rest:
-                cut = quantizer.decode(blocks.stored(), whole * block, (whole + 1) * block)
-                rows.append(cut[:, :, :rest])
-            tails.append(rows)
-            blocks.truncate(whole * block)
-        for tail, rows in zip(self._tail, tails, strict=True):
-            tail.truncate(0)
-            for part in rows:
-                tail.append(part)
-        if whole == 0:
-            self._sinks = self._blocks = None
-            self._quantizers[0].balance = None
+    def _drop_oldest(self, new: int) -> None:
+        """Make room for so many tokens in a bounded cache."""
+        n = tokens_to_drop(self.size(), new, self.max_size, self.scheme)
+        if n == 0:
+            return
+        if self._blocks is None:
+            for rows in self._tail:
+                rows.drop(self.scheme.sinks, self.scheme.sinks + n)
+        else:
+            if n >= self.block_tokens:  # a later turn's prompt, raw behind the blocks, is what must go
+                self._encode()
+            for blocks in self._blocks:
+                blocks.drop(n)
+        self._dropped += n
 
     def _is_decode(self, tokens: int) -> bool:
         if self.empty() or self._chunk_ended or tokens > MAX_DIRECT_QUERIES:
@@ -298,10 +311,11 @@ class TurboQuantKVCache:
     @property
     def state(self) -> tuple:
         """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`."""
-        state = saved_state.pack(self)
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
             self._chunk_ended = True
-        return state
+            if self.scheme.prefill == "compressed":
+                self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
+        return saved_state.pack(self)
 
     @state.setter
     def state(self, state: Any) -> None:

@@ -6,10 +6,12 @@ import sys
 COMMANDS = {
     "generate": "mlx_lm.generate with --kv-scheme and --kv-report",
     "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
+    "chat": "mlx_lm.chat with --kv-scheme and --kv-report",
+    "server": "mlx_lm.server with --kv-scheme; /health tells the KV bytes",
     "evaluate": "KLD, perplexity and top-1 agreement of schemes against the fp16 cache",
     "plan": "bits for each layer under a budget of memory or quality",
     "doctor": "this machine, its backend, and a self-test of the kernels",
-    "hook": "make the literal mlx_lm.generate take --kv-scheme (opt-in)",
+    "hook": "make the literal mlx_lm commands take --kv-scheme (opt-in)",
 }
 
 

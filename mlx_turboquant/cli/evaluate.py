@@ -14,7 +14,7 @@ from tqdm import tqdm
 import mlx_turboquant
 from mlx_turboquant.cli.errors import one_line_errors
 from mlx_turboquant.cli.texts import load_ids
-from mlx_turboquant.evaluation import SchemeResult, evaluate, parse_schemes
+from mlx_turboquant.evaluation import PREFILL_CHUNK, SchemeResult, evaluate, parse_schemes
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.scheme_file import for_model, resolve
 
@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--model", required=True, help="folder or Hugging Face repo of an mlx-lm model")
     out.add_argument("--kv-scheme", default=DEFAULT_SCHEMES, help=f"schemes, separated by commas ({DEFAULT_SCHEMES})")
     out.add_argument("--text", default="pydoc", help="pydoc (offline, the default), wikitext, or a file")
-    out.add_argument("--prompt-tokens", type=int, default=384, help="tokens read with a raw cache (384)")
+    out.add_argument("--prompt-tokens", type=int, default=384, help="tokens read before any is scored (384)")
+    out.add_argument("--prefill-step-size", type=int, default=PREFILL_CHUNK,
+                     help=f"of those, tokens per call ({PREFILL_CHUNK}); prefill=compressed depends on it")  # fmt: skip
     out.add_argument("--tokens", type=int, default=384, help="tokens scored after it (384)")
     out.add_argument("--offset", type=int, default=1000, help="first token of the text to use (1000)")
     out.add_argument("--step", type=int, default=1, help="teacher-forced tokens per call (1)")
@@ -62,7 +64,14 @@ def main() -> None:
         total = args.prompt_tokens + args.tokens * (len(schemes) + 1)
         with tqdm(total=total, unit="tok", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
             results = evaluate(
-                model, ids, schemes, args.prompt_tokens, args.step, bar.update, keep_logits=not args.no_kept_logits
+                model,
+                ids,
+                schemes,
+                args.prompt_tokens,
+                args.step,
+                bar.update,
+                keep_logits=not args.no_kept_logits,
+                prefill_chunk=args.prefill_step_size,
             )
         if not results:
             raise ValueError("[evaluate] None of the schemes runs here; the warnings above say why.")

@@ -1,7 +1,7 @@
 """``python -m mlx_turboquant hook``: opt in to `mlx_lm.generate --kv-scheme ...`, through one line in a .pth file.
 
-Python runs such a line when it starts. Ours loads `startup.py`, which waits for mlx_lm.generate to be imported and
-only then adds the flags; nothing else is imported, so other programs start as fast as before.
+Python runs such a line when it starts. Ours loads `startup.py`, which waits for one of mlx-lm's commands to be imported
+and only then adds the flags; nothing else is imported, so other programs start as fast as before.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def main() -> None:
     with one_line_errors("mlx_turboquant hook"):
         if args.install:
             path.write_text(pth_line())
-            print(f"Wrote {path}:\n  {pth_line().strip()}\nmlx_lm.generate and mlx_lm.cache_prompt of this Python now "
-                  "take --kv-scheme. Undo with: python -m mlx_turboquant hook --remove")  # fmt: skip
+            print(f"Wrote {path}:\n  {pth_line().strip()}\nmlx_lm.generate, cache_prompt, chat and server of this "
+                  "Python now take --kv-scheme. Undo with: python -m mlx_turboquant hook --remove")  # fmt: skip
         elif args.remove:
             existed = path.exists()
             path.unlink(missing_ok=True)

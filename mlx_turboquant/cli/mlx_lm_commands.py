@@ -1,4 +1,4 @@
-"""Teach the modules behind ``mlx_lm.generate`` and ``mlx_lm.cache_prompt`` the flags of this package.
+"""Teach the modules behind ``mlx_lm.generate``, ``cache_prompt`` and ``chat`` the flags of this package.
 
 Their ``main`` functions look names up in their own module when they run, so putting a wrapper behind each of a few
 names is enough, and every present and future flag of mlx-lm keeps working. Nothing differs unless a flag is used.
@@ -15,6 +15,8 @@ SCHEME_HELP = (
     "(0 raw, 2, 3, 4, 8), e.g. turbo4 or turbo4v2:window=32; or @FILE.json from mlx_turboquant.plan."
 )
 
+_FLAGS = ("kv_scheme", "kv_report", "prompt_cache_file")  # without any of them mlx-lm runs untouched
+
 
 def extend_generate(module: ModuleType) -> None:
     """Give ``mlx_lm.generate`` the flags --kv-scheme and --kv-report."""
@@ -30,7 +32,7 @@ def extend_generate(module: ModuleType) -> None:
         parser.add_argument("--kv-scheme", default=None, help=SCHEME_HELP)
         parser.add_argument("--kv-report", nargs="?", const="text", choices=("text", "json"), default=None,
                             help="Print what the KV cache holds, per layer, after generating.")  # fmt: skip
-        _keep_parsed(module, parser)
+        keep_parsed(module, parser)
         return parser
 
     @functools.wraps(load_cache)
@@ -89,7 +91,7 @@ def extend_cache_prompt(module: ModuleType) -> None:
         parser.add_argument("--kv-scheme", default=None, help=SCHEME_HELP)
         parser.add_argument("--keep-raw", action="store_true",
                             help="Write the prompt uncompressed; it is compressed when generation starts.")  # fmt: skip
-        _keep_parsed(module, parser)
+        keep_parsed(module, parser)
         return parser
 
     @functools.wraps(make_cache)
@@ -118,13 +120,53 @@ def extend_cache_prompt(module: ModuleType) -> None:
     module.save_prompt_cache = save_prompt_cache
 
 
-def _keep_parsed(module: ModuleType, parser: argparse.ArgumentParser) -> None:
+def extend_chat(module: ModuleType) -> None:
+    """Give ``mlx_lm.chat`` the flags --kv-scheme and --kv-report."""
+    if hasattr(module, "_turboquant_args"):
+        return
+    module._turboquant_args, cache = None, []
+    setup, make_cache, main = module.setup_arg_parser, module.make_prompt_cache, module.main
+
+    @functools.wraps(setup)
+    def setup_arg_parser() -> argparse.ArgumentParser:
+        parser = setup()
+        parser.add_argument("--kv-scheme", default=None, help=SCHEME_HELP)
+        parser.add_argument("--kv-report", nargs="?", const="text", choices=("text", "json"), default=None,
+                            help="Print what the KV cache holds, per layer, when the chat ends.")  # fmt: skip
+        keep_parsed(module, parser)
+        return parser
+
+    @functools.wraps(make_cache)
+    def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
+        args = module._turboquant_args
+        if args is None:
+            return make_cache(model, max_kv_size)
+        from mlx_turboquant.generation import prompt_cache_for
+
+        cache[:] = prompt_cache_for(model, args.kv_scheme or "fp16", max_kv_size=max_kv_size)
+        return list(cache)
+
+    @functools.wraps(main)
+    def main_with_report() -> None:
+        main()
+        args, module._turboquant_args = module._turboquant_args, None
+        if args is not None and args.kv_report is not None:
+            from mlx_turboquant.report import report
+
+            print(report(cache).to_json() if args.kv_report == "json" else report(cache))
+
+    module.setup_arg_parser = setup_arg_parser
+    module.make_prompt_cache = make_prompt_cache
+    module.main = main_with_report
+
+
+def keep_parsed(module: ModuleType, parser: argparse.ArgumentParser, flags: tuple[str, ...] = _FLAGS) -> None:
     """Remember what the parser parses, and refuse a scheme that does not parse before a model is loaded."""
     parse = parser.parse_args
 
     def parse_args(*args: Any, **kwargs: Any) -> argparse.Namespace:
         parsed = parse(*args, **kwargs)
-        used = parsed.kv_scheme is not None or getattr(parsed, "kv_report", None) or parsed.prompt_cache_file
+        used = any(getattr(parsed, flag, None) is not None for flag in flags)
         if parsed.kv_scheme is not None:
             from mlx_turboquant.scheme_file import resolve
 
@@ -132,7 +174,7 @@ def _keep_parsed(module: ModuleType, parser: argparse.ArgumentParser) -> None:
                 scheme = resolve(parsed.kv_scheme)
             except (ValueError, OSError) as error:
                 parser.error(str(error))
-            if scheme.method != "fp16" and parsed.kv_bits is not None:
+            if scheme.method != "fp16" and getattr(parsed, "kv_bits", None) is not None:
                 parser.error(f"--kv-bits {parsed.kv_bits} conflicts with --kv-scheme {scheme}: leave out one")
         module._turboquant_args = parsed if used else None
         return parsed

@@ -7,7 +7,12 @@ class _ExtendOnImport:
     """A finder that lets the usual ones find the module and runs ours after the module's own code."""
 
     mlx_turboquant = True
-    names = {"mlx_lm.generate": "extend_generate", "mlx_lm.cache_prompt": "extend_cache_prompt"}  # noqa: RUF012
+    names = {  # noqa: RUF012
+        "mlx_lm.generate": ("mlx_lm_commands", "extend_generate"),
+        "mlx_lm.cache_prompt": ("mlx_lm_commands", "extend_cache_prompt"),
+        "mlx_lm.chat": ("mlx_lm_commands", "extend_chat"),
+        "mlx_lm.server": ("mlx_lm_server", "extend_server"),
+    }
 
     def find_spec(self, name, path=None, target=None):
         """The module's own spec, with our step behind its loader; None for every other module."""
@@ -23,9 +28,10 @@ class _ExtendOnImport:
     def _extended(self, run, extension):
         def exec_module(module):
             run(module)
-            from mlx_turboquant.cli import mlx_lm_commands
+            import importlib
 
-            getattr(mlx_lm_commands, extension)(module)
+            file, function = extension
+            getattr(importlib.import_module(f"mlx_turboquant.cli.{file}"), function)(module)
 
         return exec_module
 

@@ -1,0 +1,148 @@
+"""How the sequences of a batch are encoded: each for itself, at the moments when it would be alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_turboquant.cache.bound import tokens_to_drop
+from mlx_turboquant.cache.checks import NonfiniteReport
+from mlx_turboquant.cache.ragged_store import RaggedStore
+from mlx_turboquant.quantizers import RawRows, make_quantizers
+from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.tensor import settle
+
+
+class RaggedCompression:
+    """The rows of several sequences, their quantizers, and what encodes and drops; see `BatchTurboQuantKVCache`."""
+
+    def __init__(
+        self,
+        scheme: KVScheme | str,
+        layer: int = 0,
+        module: str = "",
+        fingerprint: str = "",
+        max_size: int | None = None,
+        sequences: int = 0,
+    ):
+        self.scheme = KVScheme.parse(scheme)
+        self.layer, self.module, self.fingerprint, self.max_size = layer, module, fingerprint, max_size
+        self._rows = RaggedStore(self.scheme, sequences)
+        self._balanced = [False] * sequences  # whether a sequence's row of the key quantizer's balance is its own, or 1
+        self._quantizers: tuple[Any, Any] | None = None
+        self._query_squares: mx.array | None = None  # (B, Hkv, D) float32
+        self._padding: list[int] | None = None  # tokens behind a prompt that are not its own
+        self._ahead: list[int] | None = None  # tokens of such a prompt that are still to come
+        self._valid: list[int] | None = None  # of the tokens of the last update
+        self._chunk_ended = self._trimmed = False  # as of TurboQuantKVCache
+        self._decoding = False  # the last update was a decode step
+        self._nonfinite = NonfiniteReport()
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The raw keys at the end (B, Hkv, room, D) with their spare room; None before the first.
+
+        A pipeline's stage writes them back, tied to what it sends on, as of `TurboQuantKVCache.keys`.
+        """
+        return None if self._rows.tail is None else self._rows.tail[0]
+
+    @keys.setter
+    def keys(self, rows: mx.array) -> None:
+        self._rows.tail = [rows, self._rows.tail[1]]
+
+    @property
+    def values(self) -> mx.array | None:
+        """The raw values at the end (B, Hkv, room, Dv) with their spare room; None before the first."""
+        return None if self._rows.tail is None else self._rows.tail[1]
+
+    def compress(self) -> int:
+        """Encode every whole block of each sequence that is older than its window; return how many tokens that was.
+
+        A bounded cache first drops what a next token would leave no room for.
+        """
+        self._drop_oldest(1)
+        return self._encode_whole_blocks(range(len(self._rows.lengths)))
+
+    def _encode_whole_blocks(self, sequences: Sequence[int]) -> int:
+        if self.scheme.method == "fp16" or self._rows.tail is None:
+            return 0
+        block, window, lengths = self.scheme.block, self.scheme.window, self._rows.lengths
+        skips, stops = [0] * len(lengths), [0] * len(lengths)
+        for i in sequences:
+            tail = lengths[i].tail - self._beyond(i)
+            skip = 0 if lengths[i].packed else min(self.scheme.sinks, tail)
+            stop = skip + max(tail - skip - window, 0) // block * block
+            if stop > skip:
+                skips[i], stops[i] = skip, stop
+        work = [i for i, stop in enumerate(stops) if stop]
+        if not work:
+            return 0
+        cases = {(length.packed == 0, stop) for length, stop in zip(lengths, stops, strict=True)}
+        groups = [slice(0, len(stops))] if len(cases) == 1 else [slice(i, i + 1) for i in work]
+        bad = [self._encode(which, skips[which.start], stops[which.start]) for which in groups]
+        self._rows.encoded(skips, stops, bad)
+        encoded = sum(stops) - sum(skips)
+        per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail)
+        settle(encoded * per_token, *self._rows.arrays().values(), self._balance)
+        return encoded
+
+    def _encode(self, which: slice, skip: int, stop: int) -> mx.array:
+        """Encode rows skip..stop of the tails of some sequences, which all are raw or all have blocks."""
+        tails = [rows[which] for rows in self._rows.tail]
+        keys, values = (rows[:, :, skip:stop] for rows in tails)
+        quantizers = [quantizer.sequences(which) for quantizer in self._quantizers]
+        starts = [length.packed for length in self._rows.lengths[which]]
+        if starts[0] == 0:
+            if skip:
+                self._rows.keep_sinks(which.start, [rows[:, :, :skip] for rows in tails])
+            quantizers[0].fit(keys, None if self._query_squares is None else self._query_squares[which])
+            if quantizers[0].balance is not None:
+                self._set_balance(which, quantizers[0].balance)
+        for side, (quantizer, rows) in enumerate(zip(quantizers, tails, strict=True)):
+            self._rows.write_blocks(side, quantizer.encode(rows, skip, stop), starts, which.start)
+        return self._nonfinite.add(keys, values)
+
+    def _drops(self, new: int) -> list[int]:
+        """How many of its oldest tokens each sequence drops so that so many fit."""
+        held = [tokens - self._beyond(i) for i, tokens in enumerate(self._rows.tokens)]
+        return [tokens_to_drop(tokens, new, self.max_size, self.scheme) for tokens in held]
+
+    def _drop_oldest(self, new: int) -> None:
+        drops = self._drops(new)
+        if not any(drops):
+            return
+        pairs = enumerate(zip(drops, self._rows.lengths, strict=True))
+        # A later turn's prompt, raw behind the blocks, must go too: it is encoded first.
+        self._encode_whole_blocks([i for i, (n, length) in pairs if length.packed and n >= length.packed])
+        self._rows.drop_oldest(drops)
+
+    def _beyond(self, index: int) -> int:
+        """Tokens at the end of a sequence that are padding."""
+        return 0 if self._ahead is None else max(-self._ahead[index], 0)
+
+    def _make_quantizers(self, keys: mx.array, values: mx.array) -> None:
+        dims = keys.shape[3], values.shape[3]
+        if self.scheme.method == "fp16":
+            self._quantizers = tuple(RawRows(self.scheme, dim, keys.dtype) for dim in dims)
+        else:
+            self._quantizers = make_quantizers(self.scheme, *dims, keys.dtype)
+
+    @property
+    def _balance(self) -> mx.array | None:
+        return None if self._quantizers is None else self._quantizers[0].balance
+
+    @_balance.setter
+    def _balance(self, balance: mx.array | None) -> None:
+        if self._quantizers is not None:
+            keys = self._quantizers[0].sequences(slice(None))  # a copy: another cache may hold this one
+            keys.balance = balance
+            self._quantizers = keys, self._quantizers[1]
+
+    def _set_balance(self, which: slice, balance: mx.array) -> None:
+        """Set the balance (b, Hkv, D) of some sequences; it is 1 for those that have none yet."""
+        count = len(self._balanced)
+        held = self._balance
+        if held is None:
+            held = mx.ones((count, *balance.shape[1:]))
+        self._balance = mx.concatenate([held[: which.start], balance, held[which.stop :]])
+        self._balanced[which] = [True] * balance.shape[0]

@@ -1,0 +1,103 @@
+"""The caches of the server's requests: made by the scheme, and measured while they are in use."""
+
+import contextlib
+import copy
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_lm import server
+
+from mlx_turboquant.cli.server_store import raw_nbytes
+from mlx_turboquant.generation import prompt_cache_for
+from mlx_turboquant.scheme_file import resolve
+
+_stream_generate = server.stream_generate  # kept here, since `server_parts.parts` puts ours under this name
+
+
+class PromptCaches:
+    """Makes the prompt caches of one scheme. A model is looked at once; each call copies its empty caches."""
+
+    def __init__(self, kv_scheme: str, kv_bits: int | None):
+        self.scheme, self._kv_bits = resolve(kv_scheme), kv_bits
+        self._made: list[tuple[weakref.ref, list[Any]]] = []
+
+    def make(self, model: Any) -> list[Any]:
+        """Empty caches for a model, as `make_prompt_cache` makes them."""
+        self._made = [(ref, empty) for ref, empty in self._made if ref() is not None]
+        for ref, empty in self._made:
+            if ref() is model:
+                return copy.deepcopy(empty)
+        empty = prompt_cache_for(model, self.scheme, kv_bits=self._kv_bits)
+        self._made.append((weakref.ref(model), empty))
+        return copy.deepcopy(empty)
+
+
+class Active:
+    """Sequences and bytes of the requests being served: written by the thread that generates, read by /health."""
+
+    INTERVAL = 0.25  # seconds between two measurements while nothing begins or ends
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is being served."""
+        self._last = 0.0
+        self.now = {"sequences": 0, "nbytes": 0, "raw_nbytes": 0}
+
+    def measure(self, sequences: int, layers: list[Any], always: bool = False) -> None:
+        """Take note of what the caches of these layers hold, unless that was done just before."""
+        if always or time.monotonic() - self._last > self.INTERVAL:
+            self._last = time.monotonic()
+            self.now = {
+                "sequences": sequences,
+                "nbytes": sum(layer.nbytes for layer in layers),
+                "raw_nbytes": sum(raw_nbytes(layer) for layer in layers),
+            }
+
+
+class SchemeBatchGenerator(server.BatchGenerator):
+    """mlx-lm's continuous batching, whose new sequences get the scheme's caches."""
+
+    def __init__(self, caches: PromptCaches, active: Active, model: Any, **kwargs: Any):
+        self._caches, self._active = caches, active
+        super().__init__(model, **kwargs)
+
+    def insert_segments(
+        self, segments: list, max_tokens: list | None = None, caches: list | None = None, **kwargs: Any
+    ):
+        """Queue prompts; one without a cache gets an empty one of the scheme."""
+        caches = [None] * len(segments) if caches is None else caches
+        made = [self._caches.make(self.model) if cache is None else cache for cache in caches]
+        return super().insert_segments(segments, max_tokens, made, **kwargs)
+
+    def next(self):
+        """The next responses of every sequence."""
+        prompts, generated = super().next()
+        self._measure(always=bool(prompts) or any(r.finish_reason is not None for r in generated))
+        return prompts, generated
+
+    def remove(self, uids: list[int], return_prompt_caches: bool = False):
+        """Forget sequences."""
+        removed = super().remove(uids, return_prompt_caches)
+        self._measure(always=True)
+        return removed
+
+    def _measure(self, always: bool) -> None:
+        waiting, prompts, decoding = self._unprocessed_sequences, self._prompt_batch, self._generation_batch
+        layers = [layer for sequence in waiting for layer in sequence[3]]
+        layers += [*prompts.prompt_cache, *decoding.prompt_cache]
+        self._active.measure(len(waiting) + len(prompts) + len(decoding), layers, always)
+
+
+def stream_generate(active: Active, *args: Any, prompt_cache: list[Any], **kwargs: Any) -> Iterator[Any]:
+    """mlx-lm's stream_generate, for a request that is served alone, measured as it goes."""
+    with contextlib.closing(_stream_generate(*args, prompt_cache=prompt_cache, **kwargs)) as responses:
+        try:
+            for response in responses:
+                active.measure(1, prompt_cache)
+                yield response
+        finally:
+            active.clear()
