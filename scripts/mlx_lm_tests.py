@@ -109,11 +109,13 @@ class OurCaches:
         self.default, self.skips, self.others = scheme, skips, others
         self.scheme = scheme  # of the test that runs; the server's threads read it too
         self.calls: Counter[str] = Counter()
+        self.collected = 0  # before any were deselected
         self.results: dict[str, Result] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Refuse a table that names a test which does not exist."""
+        self.collected = len(items)
         unknown = sorted({*self.skips, *self.others} - {_name(item.nodeid) for item in items})
         if unknown:
             raise pytest.UsageError(f"The tables name tests that these files do not have: {', '.join(unknown)}")
@@ -257,6 +259,12 @@ def _counts(results: list[Result]) -> list[int]:
     return [len(results), len(passed), len(cached), len(encoded), ended["failed"], ended["skipped"]]
 
 
+def _version(checkout: Path) -> str | None:
+    file = checkout / "mlx_lm" / "_version.py"
+    found = re.search(r"""__version__ = ["'](.+)["']""", file.read_text()) if file.exists() else None
+    return found and found[1]
+
+
 def main() -> int:
     """Parse, replace, run pytest, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other arguments go to pytest.")
@@ -269,12 +277,11 @@ def main() -> int:
     tests = [args.checkout / "tests" / file for file in FILES]
     if missing := [str(path) for path in tests if not path.exists()]:
         parser.error(f"{args.checkout} does not hold mlx-lm's sources: no {', '.join(missing)}")
-    version = args.checkout / "mlx_lm" / "_version.py"
-    if version.exists() and f'"{mlx_lm.__version__}"' not in version.read_text():
-        found = re.search(r'"(.+)"', version.read_text())
+    version = _version(args.checkout)
+    if version not in (None, mlx_lm.__version__):
         parser.error(
-            f"{args.checkout} is mlx-lm {found and found[1]}, but {mlx_lm.__version__} is installed; its tests would "
-            f"not fit. Run: pip download --no-deps --no-binary :all: mlx-lm=={mlx_lm.__version__}"
+            f"{args.checkout} is mlx-lm {version}, but {mlx_lm.__version__} is installed; its tests would not fit. "
+            f"Run: pip download --no-deps --no-binary :all: mlx-lm=={mlx_lm.__version__}"
         )
     try:
         scheme = KVScheme.parse(args.kv_scheme)
@@ -282,8 +289,8 @@ def main() -> int:
         parser.error(str(error))
     if scheme.method != "turbo":
         parser.error(f"--kv-scheme must be a turbo scheme, got {scheme}; --own-caches runs mlx-lm's own caches")
-    if args.markdown and (args.own_caches or pytest_args):
-        parser.error("--markdown is for all tests with our caches: leave out --own-caches and pytest's arguments")
+    if args.markdown and args.own_caches:
+        parser.error("--markdown is for our caches: leave out --own-caches")
 
     importlib.import_module("mlx_lm.generate")  # loaded now, so that what it took by value is replaced too
     use_local_model(args.model or smollm2.model_dir())
@@ -294,6 +301,8 @@ def main() -> int:
         use_our_caches(plugin)
     options = ["--rootdir", str(args.checkout), "-p", "no:cacheprovider", "-rs"]
     code = pytest.main([*map(str, tests), *options, *pytest_args], plugins=[plugin])
+    if args.markdown and len(plugin.results) < plugin.collected:
+        sys.exit(f"{args.markdown} was not written: {len(plugin.results)} of {plugin.collected} tests have run.")
     if args.markdown:
         model = str(args.model.name) if args.model else "SmolLM2-135M-Instruct"
         args.markdown.write_text(page(plugin, model))

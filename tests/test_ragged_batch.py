@@ -224,6 +224,14 @@ def test_the_state_holds_all_of_it():
     assert all(same(batch.extract(i), again.extract(i)) for i in range(3))
 
 
+def test_an_offset_that_is_changed_in_place_changes_no_cache():
+    batch, other = (TurboQuantKVCache.merge(filled(SHORT, [3, 5])) for _ in range(2))
+    offset = batch.offset
+    offset += 7
+    assert offset.tolist() == [10, 12]
+    assert batch.offset.tolist() == other.offset.tolist() == [3, 5]
+
+
 @pytest.mark.parametrize("lengths", [[0, 0], [7, 7], [1, 30, 150]])
 def test_mlx_lm_saves_and_loads_a_batch(tmp_path, lengths):
     batch = TurboQuantKVCache.merge(filled(SHORT, lengths, steps=2))

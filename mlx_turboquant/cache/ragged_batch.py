@@ -73,15 +73,6 @@ class BatchTurboQuantKVCache(RaggedCompression):
             for *parts, quantizer in zip(sinks, blocks, rows.tail, self._quantizers, strict=True)
         )
 
-    @property
-    def keys(self) -> mx.array | None:
-        """The raw keys at the end, which a pipeline's stage writes back; see `TurboQuantKVCache.keys`."""
-        return None if self._rows.tail is None else self._rows.tail[0]
-
-    @keys.setter
-    def keys(self, rows: mx.array) -> None:
-        self._rows.tail = [rows, self._rows.tail[1]]
-
     def observe_queries(self, queries: mx.array) -> mx.array | None:
         """Add up q_i^2 of the queries (B, H, L, D) of sequences that are raw; the sums, or None if there is no use."""
         raw = [length.packed == 0 for length in self._rows.lengths]
@@ -115,7 +106,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
     @property
     def offset(self) -> mx.array:
         """(B,) int32: the position of each sequence's next token."""
-        return _whole_numbers(tuple(map(sum, zip(self._rows.tokens, self._rows.dropped, strict=True))))
+        positions = _whole_numbers(tuple(map(sum, zip(self._rows.tokens, self._rows.dropped, strict=True))))
+        return mx.array(positions)  # all layers share the numbers, so whoever changes them in place gets their own
 
     # --- batching -------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def extend_cache_prompt(module: ModuleType) -> None:
     """Give ``mlx_lm.cache_prompt`` the flags --kv-scheme and --keep-raw, and a file that is written whole."""
     if hasattr(module, "_turboquant_args"):
         return
-    module._turboquant_args = None
+    module._turboquant_args, models = None, []
     setup, make_cache, save = module.setup_arg_parser, module.make_prompt_cache, module.save_prompt_cache
 
     @functools.wraps(setup)
@@ -97,6 +97,7 @@ def extend_cache_prompt(module: ModuleType) -> None:
     @functools.wraps(make_cache)
     def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
         args = module._turboquant_args
+        models[:] = [model]
         if args is None or args.kv_scheme is None:
             return make_cache(model, max_kv_size)
         from mlx_turboquant.generation import prompt_cache_for
@@ -113,7 +114,7 @@ def extend_cache_prompt(module: ModuleType) -> None:
         for layer in cache:
             if hasattr(layer, "compress") and not args.keep_raw:
                 layer.compress()
-        save_whole(file_name, cache, metadata)
+        save_whole(file_name, cache, metadata, model=models[0])
 
     module.setup_arg_parser = setup_arg_parser
     module.make_prompt_cache = make_prompt_cache
@@ -151,8 +152,12 @@ def extend_chat(module: ModuleType) -> None:
         main()
         args, module._turboquant_args = module._turboquant_args, None
         if args is not None and args.kv_report is not None:
+            import mlx.core as mx
+
             from mlx_turboquant.report import report
 
+            if mx.distributed.init().rank() > 0:  # rank 0 talks, as in mlx-lm
+                return
             print(report(cache).to_json() if args.kv_report == "json" else report(cache))
 
     module.setup_arg_parser = setup_arg_parser
