@@ -60,7 +60,10 @@ NOT_APPLICABLE = {
     "TestLRUPromptCache.test_caching": "stores whole numbers as keys, one for each token; ours stores floats, in "
     "heads of an even size",
 }
-_QWEN = "fails with mlx-lm's own caches too, unless the model is a Qwen (--model): "
+_QWEN = (
+    "fails with mlx-lm's own caches too, unless the model is a Qwen (with a 4-bit Qwen2.5-Coder-0.5B as `--model` it "
+    "passes with ours): "
+)
 # Tests of what a certain model says.
 WANTS_QWEN = {
     "TestGenerate.test_generate_with_logit_bias": _QWEN + "wants token 0 to be '!'",
@@ -221,8 +224,9 @@ def page(plugin: OurCaches, model: str) -> str:
         f"""# mlx-lm's own tests, with our caches
 
 `scripts/mlx_lm_tests.py` runs the test files of mlx-lm that use a cache, unchanged, with our caches in place of its
-own: `make_prompt_cache`, `KVCache()` and `BatchKVCache` are replaced in mlx-lm before the files are imported. mlx-lm's
-sources on PyPI hold its tests; those for the server need `requests`:
+own: `make_prompt_cache`, `KVCache()` and `BatchKVCache` are replaced in mlx-lm before the files are imported.
+`scripts/mlx_lm_tests` does it all. By hand: mlx-lm's sources on PyPI hold its tests, and those of the server need
+`requests`:
 
     pip install requests
     pip download --no-deps --no-binary :all: mlx-lm=={version}
@@ -235,13 +239,14 @@ arguments, such as `-k test_server.py`, go to pytest.
 
 ## Result
 
-mlx-lm {version}, {model}, `{plugin.default}`: with blocks of 16 the short prompts of these files are compressed, too.
+mlx-lm {version}, {model}, scheme `{plugin.default}`.
+The prompts of these files are short; with blocks of 16, those of 17 tokens and more are compressed.
 """,
         "| file | tests | passed | of these, used our caches | of these, held encoded blocks | failed | do not apply |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
         *([f"\nFailed: {', '.join(failed)}."] if failed else []),
-        "\nThe other tests that passed are about mlx-lm's other caches, stop words, tools and requests.",
+        "\nThe other tests that passed use mlx-lm's other caches, or none: stop words, tools, requests.",
         *(["\n## With another scheme\n", "| test | scheme | why |", "| --- | --- | --- |", *others] if others else []),
         "\n## Tests that do not apply\n",
         "| test | why |",

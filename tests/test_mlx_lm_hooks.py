@@ -1,5 +1,6 @@
 """Binding: our attention only where this model's layers live, for our caches only, and gone when asked."""
 
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 import mlx_turboquant
 from mlx_turboquant import TurboQuantKVCache, hook, make_prompt_cache, report, unhook
+from mlx_turboquant.cache import BatchTurboQuantKVCache, RawLayerCache, SingleKVCache
 
 ORIGINAL = base.scaled_dot_product_attention
 
@@ -125,7 +127,19 @@ def test_a_max_kv_size_that_a_scheme_cannot_keep_is_refused_in_words(model):
     assert len(make_prompt_cache(model, 64, kv_scheme="fp16")) == 2
 
 
-def test_importing_changes_nothing_but_one_name():
-    assert mlx_lm_cache.TurboQuantKVCache is TurboQuantKVCache
-    assert "mlx_lm.server" not in sys.modules
+def test_importing_adds_four_names_to_mlx_lm_and_changes_nothing():
+    for kind in (TurboQuantKVCache, BatchTurboQuantKVCache, RawLayerCache, SingleKVCache):
+        assert getattr(mlx_lm_cache, kind.__name__) is kind
+    program = (
+        "import sys, mlx_lm.models.cache as c; before = dict(vars(c)); import mlx_turboquant; "
+        "print('mlx_lm.server' in sys.modules, *sorted(k for k, v in vars(c).items() if before.get(k) is not v))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [
+        "False",
+        "BatchTurboQuantKVCache",
+        "RawLayerCache",
+        "SingleKVCache",
+        "TurboQuantKVCache",
+    ], done.stderr
     assert set(mlx_turboquant.__all__) <= set(dir(mlx_turboquant))
