@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.cache.checks import check_rows
@@ -233,10 +234,11 @@ class BatchTurboQuantKVCache(RaggedCompression):
 
     @state.setter
     def state(self, state: tuple) -> None:
-        kind, lengths, arrays, learned, phase = state
+        # Rows are written in place, so the arrays and lists of whoever gave the state are not shared.
+        kind, lengths, arrays, learned, phase = tree_map(lambda x: mx.array(x) if isinstance(x, mx.array) else x, state)
         self.__init__(*kind)
         rows = self._rows
-        rows.lengths, rows.dropped = [Length(*length) for length in lengths[0]], lengths[1]
+        rows.lengths, rows.dropped = [Length(*length) for length in lengths[0]], list(lengths[1])
         rows.tail, rows.sinks, blocks = arrays
         rows.blocks = blocks and [PackedTensor(*packed) for packed in blocks]
         self._balanced, balance, self._query_squares = learned
