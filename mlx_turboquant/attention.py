@@ -9,7 +9,7 @@ from mlx_turboquant.conditioning import finite_or_zero
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.row_kernels import say_once
-from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows, settle
+from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows, SplitRows, settle
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
 # prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.
@@ -20,8 +20,8 @@ PIECE_TOKENS = 1024
 
 def attend(
     queries: mx.array,
-    keys: CompressedRows | RaggedRows,
-    values: CompressedRows | RaggedRows,
+    keys: CompressedRows | RaggedRows | SplitRows,
+    values: CompressedRows | RaggedRows | SplitRows,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
@@ -45,6 +45,8 @@ def attend(
     """
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
+    if isinstance(keys, SplitRows):
+        return _attend_split(queries, keys, values, scale, mask, sinks, backend)
     if isinstance(keys, RaggedRows):
         return _attend_ragged(queries, keys, values, scale, mask, sinks, choose_backend(backend))
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
@@ -58,6 +60,22 @@ def attend(
         return out
     fused = _attend_in_kernel(queries, keys, values, (keys.lengths,) * queries.shape[0], scale, mask, sinks, backend)
     return _attend_pieces(queries, keys, values, scale, mask, sinks) if fused is None else fused
+
+
+def _attend_split(queries, keys: SplitRows, values: SplitRows, scale, mask, sinks, backend) -> mx.array:
+    out, start = [], 0
+    for (k, n), (v, _) in zip(keys.parts, values.parts, strict=True):
+        part, mine = queries[:, :, start : start + n], mask
+        if isinstance(mask, mx.array):
+            mine = _four_axes(mask)
+            mine = mine[:, :, start : start + n] if mine.shape[2] > 1 else mine
+            mine = mine[..., : k.shape[2]] if mine.shape[3] > 1 else mine
+        if isinstance(k, mx.array):
+            out.append(mx.fast.scaled_dot_product_attention(part, k, v, scale=scale, mask=mine, sinks=sinks))
+        else:
+            out.append(attend(part, k, v, scale, mine, sinks, backend))
+        start += n
+    return mx.concatenate(out, axis=2)
 
 
 def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, sinks, backend: str) -> mx.array:

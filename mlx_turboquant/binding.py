@@ -11,7 +11,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from mlx_turboquant.attention import attend
-from mlx_turboquant.tensor import CompressedRows, RaggedRows
+from mlx_turboquant.tensor import CompressedRows, RaggedRows, SplitRows
 
 ATTENTION = "scaled_dot_product_attention"
 
@@ -24,7 +24,7 @@ def bind(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def scaled_dot_product_attention(queries, keys, values, cache=None, *args, **kwargs):
-        if isinstance(keys, CompressedRows):
+        if isinstance(keys, (CompressedRows, SplitRows)):
             return attend(queries, keys, values, *args, **kwargs)
         ragged = isinstance(keys, RaggedRows)  # of which some sequences may still be reading their prompts
         if ragged:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
-from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache import TurboQuantKVCache, link_drafts
 from mlx_turboquant.mlx_lm_hooks import make_prompt_cache
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.scheme_file import LayerSchemes, mismatch, resolve
@@ -104,4 +104,6 @@ def _with_cache(model: Any, prompt: Any, kwargs: dict[str, Any]) -> dict[str, An
             check_draft_tokens(ours.scheme, kwargs.get("num_draft_tokens"))
     elif kv_scheme is not None:
         kwargs["prompt_cache"] = prompt_cache_for(model, kv_scheme, **kwargs)
+    if kwargs.get("prompt_cache") is not None:
+        link_drafts(kwargs["prompt_cache"], None if kwargs.get("draft_model") is None else len(model.layers))
     return kwargs

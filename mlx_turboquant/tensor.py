@@ -181,3 +181,24 @@ class RaggedRows:
             self.quantizer.sequences(one),
             self.block,
         )
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The keys, or the values, of one layer for a call in which later queries see more of it packed than earlier ones.
+
+    Attributes:
+        parts: what so many next queries see, and how many they are: an array (B, Hkv, T1, D) or `CompressedRows`.
+    """
+
+    parts: tuple[tuple[Any, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hkv, T, D), as of the array it stands for."""
+        return self.parts[-1][0].shape
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The model's dtype."""
+        return self.parts[-1][0].dtype

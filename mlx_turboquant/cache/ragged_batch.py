@@ -49,6 +49,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         """
         L = keys.shape[2]
         self._admit(keys, values)
+        self._newest_squares = None
         decode = self._is_decode(L)
         self._drop_oldest(L if decode else 1)
         if decode or self.scheme.prefill == "compressed":
@@ -86,9 +87,16 @@ class BatchTurboQuantKVCache(RaggedCompression):
         if min(counts) < L:
             counted = mx.arange(L) < mx.array(counts)[:, None]
             squares = mx.where(counted[:, None, None, :, None], squares, 0.0)
-        squares = squares.sum(axis=(2, 3))
-        self._query_squares = squares if self._query_squares is None else self._query_squares + squares
+        self._newest_squares = squares.sum(axis=(2, 3))
+        if L <= MAX_DIRECT_QUERIES:  # a decode step, perhaps, as in TurboQuantKVCache
+            return self._newest_squares
+        self._count_newest_queries()
         return self._query_squares
+
+    def _count_newest_queries(self) -> None:
+        new, self._newest_squares = self._newest_squares, None
+        if new is not None:
+            self._query_squares = new if self._query_squares is None else self._query_squares + new
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any):
         """The mask for the next N tokens of each sequence.
@@ -142,6 +150,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         for name in ("_balanced", "_ahead", "_padding", "_valid"):
             if getattr(self, name) is not None:
                 setattr(self, name, [getattr(self, name)[i] for i in keep])
+        self._newest_squares = None
         if self._query_squares is not None:
             self._query_squares = self._query_squares[mx.array(keep)]
         if self._balance is not None:
@@ -222,6 +231,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         rows = self._rows
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
             self._chunk_ended, self._decoding = True, False
+            self._count_newest_queries()
             if self.scheme.prefill == "compressed":
                 self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
         return (
@@ -286,7 +296,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         self._query_squares, self._balance = squares, balance
         self._chunk_ended = any(part._chunk_ended for part in parts)
         self._decoding = all(part._decoding for part in parts)
-        self._valid = None
+        self._valid = self._newest_squares = None
 
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same

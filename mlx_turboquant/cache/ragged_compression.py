@@ -31,6 +31,7 @@ class RaggedCompression:
         self._balanced = [False] * sequences  # whether a sequence's row of the key quantizer's balance is its own, or 1
         self._quantizers: tuple[Any, Any] | None = None
         self._query_squares: mx.array | None = None  # (B, Hkv, D) float32
+        self._newest_squares: mx.array | None = None  # as of TurboQuantKVCache
         self._padding: list[int] | None = None  # tokens behind a prompt that are not its own
         self._ahead: list[int] | None = None  # tokens of such a prompt that are still to come
         self._valid: list[int] | None = None  # of the tokens of the last update

@@ -19,6 +19,11 @@ def trim(cache: Any, n: int) -> int:
             "Read the prompt again."
         )
     cache._trimmed = True
+    undo = next((before for before in cache._undo if before[0] > cache.offset - n), None)
+    cache._undo = []
+    if undo is not None and n < cache.offset:
+        _undo(cache, n, *undo[1:])
+        return n
     if n == cache.offset:
         cache._reset()
     elif kept >= cache.size() - cache.tail_tokens:
@@ -27,6 +32,22 @@ def trim(cache: Any, n: int) -> int:
     else:
         _cut_blocks(cache, kept)
     return n
+
+
+def _undo(cache: Any, n: int, tails: list[tuple], blocks: int) -> None:
+    """Trim to before something was encoded inside the last call: single steps would not have encoded it yet."""
+    kept = cache.size() - n
+    for rows, (array, length) in zip(cache._tail, tails, strict=True):
+        rows.array, rows.length = array, length
+    if blocks:
+        for packed in cache._blocks:
+            packed.truncate(blocks)
+    else:
+        cache._sinks = cache._blocks = None
+        cache._quantizers[0].balance = None
+    excess = cache.size() - kept
+    for rows in cache._tail:
+        rows.truncate(rows.length - excess)
 
 
 def _cut_blocks(cache: Any, kept: int) -> None:

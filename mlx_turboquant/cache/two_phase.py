@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
-from mlx_turboquant.cache import saved_state, trimming, weight
+from mlx_turboquant.cache import drafts, saved_state, trimming, weight
 from mlx_turboquant.cache.bound import attention_mask, check_max_size, tokens_to_drop
 from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
 from mlx_turboquant.cache.checks import NonfiniteReport, check_rows
@@ -60,6 +60,7 @@ class TurboQuantKVCache:
         check_max_size(max_size, self.scheme, "[TurboQuantKVCache] max_size")
         self.layer, self.module, self.fingerprint, self.max_size = layer, module, fingerprint, max_size
         self._must_bind = False  # a loaded cache binds its model's attention when it is first used
+        self._draft: Any = None  # a weak reference to the draft model's first cache, see `drafts.link_drafts`
         self._reset()
 
     def _reset(self) -> None:
@@ -72,6 +73,8 @@ class TurboQuantKVCache:
         self._trimmed = False  # trim was called since the last update
         self._dropped = 0  # tokens right behind the sinks that a bounded cache no longer holds
         self._nonfinite = NonfiniteReport()
+        self._newest_squares: mx.array | None = None  # of the last update's queries, if it may have been a decode step
+        self._undo: list[Any] = []  # of each encoding inside the last call: offset, tails and blocks before it
 
     # --- what a model calls -------------------------------------------------------------------------------------
 
@@ -79,7 +82,8 @@ class TurboQuantKVCache:
         """Add the keys (B, Hkv, L, D) and values (B, Hkv, L, Dv) of L tokens.
 
         Returns:
-            The keys and values of all tokens held: arrays before anything is compressed, `CompressedRows` after.
+            The keys and values of all tokens held: arrays before anything is compressed, `CompressedRows` after,
+            `SplitRows` where a block falls due between the tokens.
 
         Raises:
             ValueError: for shapes or dtypes that do not fit this cache, an odd head size, or no tokens.
@@ -87,15 +91,20 @@ class TurboQuantKVCache:
         """
         self._admit(keys, values)
         L = keys.shape[2]
-        decode = self._is_decode(L)
+        self._undo, self._newest_squares = [], None
+        verify = drafts.is_first_verification(self, L)
+        decode = verify or self._is_decode(L)
         encode = decode or self.scheme.prefill == "compressed"
         if encode:
             self._check_bound()
         self._drop_oldest(L if decode else 1)
-        if encode:
+        if encode and not (verify and self._chunk_ended):
             # Before the new token is added: a cache that joins a batch between two steps is encoded alike.
             self.compress()
+        inside = drafts.boundary(self, L, self._chunk_ended) if decode else 0
         self._chunk_ended = self._trimmed = False
+        if inside:
+            return drafts.split(self, keys, values, inside)
         self._append_to_tail(keys, values)
         self._nonfinite.step(self.layer)
         return self.keys_and_values()
@@ -122,14 +131,21 @@ class TurboQuantKVCache:
         self._tail[0].array = rows
 
     def observe_queries(self, queries: mx.array) -> mx.array | None:
-        """Add up q_i^2 of a prompt's queries (B, H, L, D) per key head; the sums, or None if the scheme has no use."""
+        """Add up q_i^2 of a prompt's queries (B, H, L, D) per key head; returns what to evaluate, if anything."""
         if self._quantizers is None or not self._quantizers[0].wants_queries:
             return None
         B, H, L, D = queries.shape
         Hkv = self._tail[0].array.shape[1]
-        squares = mx.square(queries.astype(mx.float32)).reshape(B, Hkv, H // Hkv, L, D).sum(axis=(2, 3))
-        self._query_squares = squares if self._query_squares is None else self._query_squares + squares
+        self._newest_squares = mx.square(queries.astype(mx.float32)).reshape(B, Hkv, H // Hkv, L, D).sum(axis=(2, 3))
+        if L <= MAX_DIRECT_QUERIES:  # a decode step, perhaps; if a prefill loop reads `state` now, it was prompt
+            return self._newest_squares
+        self._count_newest_queries()
         return self._query_squares
+
+    def _count_newest_queries(self) -> None:
+        new, self._newest_squares = self._newest_squares, None
+        if new is not None:
+            self._query_squares = new if self._query_squares is None else self._query_squares + new
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """The mask for the next N tokens, as mlx-lm's ``KVCache`` makes it, over the tokens held then."""
@@ -313,6 +329,7 @@ class TurboQuantKVCache:
         """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`."""
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
             self._chunk_ended = True
+            self._count_newest_queries()
             if self.scheme.prefill == "compressed":
                 self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
         return saved_state.pack(self)

@@ -53,6 +53,7 @@ def extend_generate(module: ModuleType) -> None:
         if args is None:
             return generate(model, tokenizer, prompt, **kwargs)
         from mlx_turboquant import generation
+        from mlx_turboquant.cache import link_drafts
         from mlx_turboquant.prompt_cache_file import check_model
         from mlx_turboquant.report import report
 
@@ -61,6 +62,8 @@ def extend_generate(module: ModuleType) -> None:
             generation.check_prompt_cache(kwargs["prompt_cache"], args.kv_scheme, kwargs.get("kv_bits"))
         else:
             kwargs["prompt_cache"] = generation.prompt_cache_for(model, args.kv_scheme or "fp16", **kwargs)
+        drafted = kwargs.get("draft_model") is not None
+        link_drafts(kwargs["prompt_cache"], len(model.layers) if drafted else None)
         text = generate(model, tokenizer, prompt, **kwargs)
         told = report(kwargs["prompt_cache"])
         module._turboquant_report = {"text": str(told), "json": told.to_json()}.get(args.kv_report)

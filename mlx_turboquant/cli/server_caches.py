@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lm import server
 
+from mlx_turboquant.cache import link_drafts
 from mlx_turboquant.cli.server_store import raw_nbytes
 from mlx_turboquant.generation import prompt_cache_for
 from mlx_turboquant.scheme_file import resolve
@@ -92,8 +93,12 @@ class SchemeBatchGenerator(server.BatchGenerator):
         self._active.measure(len(waiting) + len(prompts) + len(decoding), layers, always)
 
 
-def stream_generate(active: Active, *args: Any, prompt_cache: list[Any], **kwargs: Any) -> Iterator[Any]:
+def stream_generate(
+    active: Active, *args: Any, model: Any, prompt_cache: list[Any], draft_model: Any = None, **kwargs: Any
+) -> Iterator[Any]:
     """mlx-lm's stream_generate, for a request that is served alone, measured as it goes."""
+    link_drafts(prompt_cache, None if draft_model is None else len(model.layers))
+    kwargs |= {"model": model, "draft_model": draft_model}
     with contextlib.closing(_stream_generate(*args, prompt_cache=prompt_cache, **kwargs)) as responses:
         try:
             for response in responses:
