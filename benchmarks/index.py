@@ -22,7 +22,8 @@ recall@1: the true nearest neighbour comes first. recall@10: share of the 10 tru
 recall@1@k: the true nearest is among the first k. Indexing seconds are training and encoding; ours are the median of
 three. Queries per second: all queries in one call, first 16 found. Beside the clock's seconds stand those of all
 threads on the CPU, which other programs on the machine change little; on a GPU they say nothing. faiss runs on
---threads cores, without it on all; MLX on a CPU mostly on one. For one core set OMP_NUM_THREADS=1 too.
+--threads cores, without it on all; ours on a CPU on one, but for numpy's products of matrices, which take all. For one
+core set OMP_NUM_THREADS=1 too.
 Prints a card, a table and one line of JSON.
 """
 

@@ -1,4 +1,4 @@
-// Lloyd-Max centroids of N(0, 1), ascending, for every width that codes are packed in.
+// Lloyd-Max centroids of N(0, 1), ascending, for every width that codes are packed in, and polynomials through them.
 // Written by scripts/solve_codebooks.py from mlx_turboquant/codebook.py; a test holds the two together.
 
 constant constexpr float codebook_1[2] = {
@@ -47,3 +47,13 @@ constant constexpr float codebook_8[256] = {
     2.28635454f, 2.32736182f, 2.36971712f, 2.41353869f, 2.4589622f, 2.50614262f, 2.55525947f, 2.60652137f,
     2.66017389f, 2.71650767f, 2.77587056f, 2.83868575f, 2.90547299f, 2.97688222f, 3.05374193f, 3.13713264f,
     3.22850013f, 3.32984853f, 3.44407177f, 3.57558799f, 3.73166633f, 3.92563772f, 4.18659544f, 4.60353565f};
+
+// A code's centroid without a table: u (t[0] + t[1] u^2 + t[2] u^4 ..) with u = code - (2^bits - 1) / 2, by Horner's
+// rule in float32 with fma. At 3 bits these are the centroids, at 4 too but +-0.942340434, one unit in the last place
+// too near to 0. With 7 terms centroids would be up to 26 units off, with 6 432, with 5 3414.
+
+constant constexpr float centroid_terms_3[4] = {
+    0.488541305f, 0.00656222133f, 9.98706455e-05f, 1.68236002e-05f};
+
+constant constexpr float centroid_terms_4[8] = {
+    0.256555587f, 0.000936159748f, 7.1145173e-06f, 8.00353845e-08f, -7.03258674e-10f, 8.36942599e-11f, -1.8590665e-12f, 2.08627417e-14f};

@@ -28,8 +28,15 @@ template <int WIDTH, int N> struct Plane {
   METAL_FUNC uint at(int i) const { return words[i * WIDTH / 32] >> (i * WIDTH % 32); }
 };
 
-// What a code stands for. 2 to 4 bits: each lane holds one centroid and codes pick a lane, so that no memory is read.
-// `table` is centroid lane % 2^BITS; `wide` the 256 of 8 bits in threadgroup memory.
+// What a code stands for, without reading memory but at 8 bits. Each lane holds centroid lane % 2^BITS in `table`, and on
+// NVIDIA's GPUs a code picks a lane. Apple's have no such instruction: theirs takes one lane of each quad, and any lane is
+// a sequence of many (docs/kernels.md). There 2 bits pick a lane of the quad, and 3 and 4 are arithmetic.
+#ifdef TURBOQUANT_LOOKUP_BY_EXCHANGE
+constant constexpr bool BY_EXCHANGE = true;
+#else
+constant constexpr bool BY_EXCHANGE = false;
+#endif
+
 METAL_FUNC float centroid_of_lane(float table, uint code) {
 #ifdef TURBOQUANT_CUDA
   return __shfl_sync(TURBOQUANT_WARP, table, code);  // takes the lane modulo 32, and the table repeats
@@ -38,12 +45,37 @@ METAL_FUNC float centroid_of_lane(float table, uint code) {
 #endif
 }
 
-// N elements of a row stored in BITS bits, or in T if BITS is 0.
+// The centroid of the code u + (2^BITS - 1) / 2; BITS is 3 or 4.
+template <int BITS> METAL_FUNC float centroid_by_terms(float u) {
+  constexpr int TERMS = BITS == 3 ? 4 : 8;
+  float square = u * u, sum = BITS == 3 ? centroid_terms_3[3] : centroid_terms_4[7];
+#pragma unroll
+  for (int k = TERMS - 2; k >= 0; k--) {
+    sum = fma(sum, square, BITS == 3 ? centroid_terms_3[k % 4] : centroid_terms_4[k % 8]);
+  }
+  return u * sum;
+}
+
+// The centroid of the BITS bits of `word` from `bit` on, which is a constant once loops are unrolled; BITS is 2, 3 or 4.
+template <int BITS> METAL_FUNC float centroid_of_bits(float table, uint word, int bit) {
+  if (BY_EXCHANGE) { return centroid_of_lane(table, word >> bit); }
+  if (BITS == 2) { return quad_shuffle(table, ushort((word >> bit) & 3u)); }
+  // With the exponent of 2^23 above them the bits are the float 2^23 + code * 2^at. Times 2^-at, less 2^(23 - at) and the
+  // middle of the codes, it is exact in one fma, since that constant is a float too; at = 0 needs a step more.
+  constexpr float MIDDLE = 0.5f * float((1 << BITS) - 1);
+  bool beyond = bit + BITS > 23;
+  int at = beyond ? bit - 9 : bit;
+  float x = as_type<float>(((beyond ? word >> 9 : word) & (((1u << BITS) - 1u) << at)) | 0x4b000000u);
+  return centroid_by_terms<BITS>(
+      at == 0 ? (x - 8388608.0f) - MIDDLE : fma(x, 1.0f / float(1 << at), -float(1 << (23 - at)) - MIDDLE));
+}
+
+// N elements of a row stored in BITS bits, or in T if BITS is 0. `wide`: the 256 centroids of 8 bits.
 template <typename T, int BITS, int N> struct Run {
   Plane<BITS, N> plane;
   METAL_FUNC void load(const device uint* row, uint first, int) { plane.load(row, first); }
   METAL_FUNC float value(int i, float table, threadgroup const float*) const {
-    return centroid_of_lane(table, plane.at(i));
+    return centroid_of_bits<BITS>(table, plane.words[i * BITS / 32], i * BITS % 32);
   }
 };
 
@@ -65,7 +97,7 @@ template <typename T, int N> struct Run<T, 3, N> {
     odd = ((low >> 2) & ~0x44444444u) | ((high >> 1) & 0x44444444u);
   }
   METAL_FUNC float value(int i, float table, threadgroup const float*) const {
-    return centroid_of_lane(table, (i % 2 == 0 ? even : odd) >> (i / 2 * 4));  // bits above the third are ignored
+    return centroid_of_bits<3>(table, i % 2 == 0 ? even : odd, i / 2 * 4);
   }
 };
 

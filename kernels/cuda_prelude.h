@@ -54,6 +54,8 @@ METAL_FUNC void simdgroup_barrier(int flags) {
 #define TURBOQUANT_WARP 0xffffffffu
 template <class T> METAL_FUNC T simd_shuffle(T v, ushort lane) { return __shfl_sync(TURBOQUANT_WARP, v, lane); }
 template <class T> METAL_FUNC T simd_shuffle_xor(T v, ushort m) { return __shfl_xor_sync(TURBOQUANT_WARP, v, m); }
+// Of the four lanes that begin at a multiple of 4; the index counts modulo 4.
+template <class T> METAL_FUNC T quad_shuffle(T v, ushort lane) { return __shfl_sync(TURBOQUANT_WARP, v, lane, 4); }
 template <class T> METAL_FUNC T simd_sum(T v) {
   for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(TURBOQUANT_WARP, v, m);
   return v;

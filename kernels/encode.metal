@@ -112,7 +112,12 @@ template <int BITS, int TERMS, int E> struct Trial {
     // At 4 and 8 bits the scalings keep the largest entry inside the table.
     if (BITS < 4) { position = clamp(position, BYTE_AT, BYTE_AT + COUNT - 1.0f / 256.0f); }
     uint word = as_type<uint>(position);
-    float c = CALM && BITS < 8 ? centroid_of_lane(table, word >> 8) : book[(word >> 8) & 255u];
+    float c;
+    if (!BY_EXCHANGE && (BITS == 3 || BITS == 4)) {
+      c = centroid_by_terms<BITS>(as_type<float>(word & ~255u) - (BYTE_AT + 0.5f * (COUNT - 1.0f)));
+    } else {
+      c = CALM && BITS < 8 ? centroid_of_bits<BITS>(table, word, 8) : book[(word >> 8) & 255u];
+    }
     energy = fma(c, c, energy);
     dot = BITS == 8 ? fma(c - x, x - c, dot) : fma(y, c, dot);
     return word;

@@ -1,14 +1,15 @@
-// Inner products of queries with coded rows: out = queries . centroids[codes] * scale, for every query and every row.
+// Inner products of queries with coded rows: out = queries . values(codes) * scale, for every query and every row.
 //
 // Inputs
 //   queries  (m, dim) float32, rotated as the rows were
-//   codes    (n, W) uint32, as mlx_turboquant/packing.py packs dim codes of BITS bits
+//   codes    (n, W) uint32, as mlx_turboquant/packing.py packs dim codes of BITS bits: centroids of codebooks.h, but at
+//            2 bits the trellis code of mlx_turboquant/ops/trellis.py
 //   scales   (n,) float32
 //   sizes    at least 8 int32: m, n, dim, W, tiles of queries
 // Outputs
 //   out      (m, n) float32
 // Template: BITS 1, 2, 3, 4 or 8. TM, queries of a tile. TN, rows of a lane. NSG, simdgroups of a threadgroup. TABLES,
-//   see below: BITS is 1 or 2. VEC: rows, and of 3 bits their low bits, are whole multiples of 4 words.
+//   see below: BITS is 1. VEC: rows, and of 3 bits their low bits, are whole multiples of 4 words.
 // Grid: x: tiles of queries, and then blocks of 32 * TN * NSG rows, so that neighbours read the same codes.
 //   32 * NSG threads. Inputs of fewer than 8 numbers are padded. With VEC codes start at a multiple of 16 bytes.
 //
@@ -16,24 +17,25 @@
 // looked up serves TM products. A row is taken in pieces of PIECE elements, LOW words of it: lanes read neighbouring
 // words, since words of their own rows would be far apart, and exchange them through threadgroup memory. The queries'
 // elements lie there too and are the same for all lanes.
-// With TABLES, four bits of a row, which are two or four codes, pick their share of the sum from a table of 16 numbers
-// that is made for each piece: one read and one addition instead of two or four lookups and products. All lanes read one
-// table at a time, and its 16 numbers lie in different banks.
+// With TABLES, four bits of a row, which are four codes, pick their share of the sum from a table of 16 numbers that is
+// made for each piece: one read and one addition instead of four lookups and products. All lanes read one table at a
+// time, and its 16 numbers lie in different banks.
+// At 2 bits an element's value is that of its window, its own code and the three before it: 8 bits of the row, of which
+// the first three elements of a word have some in the word before.
 
-// What element i of a word stands for; 3 bits come as two words of 4-bit fields, see codes.h.
+// What element i of a word stands for; 3 bits come as two words of 4-bit fields, see codes.h, and 2 bits as the word and
+// as its first 26 bits above the last 6 of the word before.
 template <int BITS> METAL_FUNC float element(uint even, uint odd, int i, float table, threadgroup const float* wide) {
   if (BITS == 1) { return as_type<float>(((even << ((31 - i) & 31)) & 0x80000000u) ^ as_type<uint>(table)); }
   if (BITS == 3) { return centroid_of_lane(table, (i % 2 == 0 ? even : odd) >> (i / 2 * 4 & 31)); }
   if (BITS == 8) { return wide[(even >> (8 * i & 31)) & 255u]; }
+  if (BITS == 2) { return wide[(i < 3 ? odd >> (2 * i & 31) : even >> ((2 * i - 6) & 31)) & 255u]; }
   return centroid_of_lane(table, even >> (i * BITS & 31));
 }
 
-// What a lane holds for `element`: of 1 bit the centroid of 0, whose sign the code turns; not used at 8 bits.
+// What a lane holds for `element`: of 1 bit the centroid of 0, whose sign the code turns; not used at 2 and 8 bits.
 template <int BITS> METAL_FUNC float table_at(uint lane) {
-  return BITS == 1   ? codebook_1[0]
-         : BITS == 2 ? codebook_2[lane % 4]
-         : BITS == 3 ? codebook_3[lane % 8]
-                     : codebook_4[lane % 16];
+  return BITS == 1 ? codebook_1[0] : BITS == 3 ? codebook_3[lane % 8] : codebook_4[lane % 16];
 }
 
 // Words `from` to `from + COUNT` of ROWS rows, each word's rows side by side in `tile`; 0 beyond `words` and `rows`.
@@ -79,11 +81,12 @@ constexpr int PIECE = LOW * STEP;
 constexpr int THREADS = 32 * NSG;
 constexpr int ROWS = THREADS * TN;
 constexpr int FIELDS = LOW * 8;  // fields of four bits
+constexpr bool WIDE = BITS == 2 || BITS == 8;
 
 threadgroup uint tile[(LOW + HIGH) * (ROWS + 4)];
 threadgroup float4 elements[TABLES ? 1 : TM * PIECE / 4];
 threadgroup float sums[TABLES ? TM * FIELDS * 16 : 1];
-threadgroup float wide[BITS == 8 ? 256 : 1];
+threadgroup float wide[WIDE ? 256 : 1];
 
 uint tid = thread_index_in_threadgroup;
 uint lane = thread_index_in_simdgroup;
@@ -95,9 +98,14 @@ uint rows = min(n - row0, uint(ROWS));
 const device uint* block = codes + ulong(row0) * words;
 uint low_words = BITS == 3 ? (2 * dim + 31) / 32 : words;
 float table = table_at<BITS>(lane);
-if (BITS == 8) { for (uint i = tid; i < 256; i += THREADS) { wide[i % (BITS == 8 ? 256 : 1)] = codebook_8[i]; } }
+if (WIDE) {
+  for (uint i = tid; i < 256; i += THREADS) { wide[i % (WIDE ? 256 : 1)] = BITS == 2 ? trellis_value(i) : codebook_8[i]; }
+}
 
 float acc[TM][TN];
+uint before[TN];  // at 2 bits: the word before
+#pragma unroll
+for (int t = 0; t < TN; t++) { before[t] = 0; }
 #pragma unroll
 for (int j = 0; j < TM; j++) {
 #pragma unroll
@@ -112,15 +120,13 @@ for (uint start = 0; start < dim; start += PIECE) {
                                                       words, rows, tid);
   }
   if (TABLES) {
-    constexpr int CODES = 4 / BITS > 0 ? 4 / BITS : 1;  // of a field
     for (uint i = tid; i < uint(TM * FIELDS * 16); i += THREADS) {
-      uint query = query0 + i / (FIELDS * 16), k = start + i / 16 % FIELDS * CODES;
+      uint query = query0 + i / (FIELDS * 16), k = start + i / 16 % FIELDS * 4;
       float sum = 0.0f;
 #pragma unroll
-      for (int c = 0; c < CODES; c++) {
+      for (int c = 0; c < 4; c++) {
         float x = query < m && k + c < dim ? queries[ulong(query) * dim + k + c] : 0.0f;
-        uint code = (i % 16 >> (c * BITS)) & ((1u << BITS) - 1);
-        sum = fma(x, BITS == 1 ? codebook_1[code % 2] : codebook_2[code % 4], sum);
+        sum = fma(x, codebook_1[i >> c & 1u], sum);
       }
       sums[i % (TABLES ? TM * FIELDS * 16 : 1)] = sum;
     }
@@ -156,7 +162,8 @@ for (uint start = 0; start < dim; start += PIECE) {
 #pragma unroll
       for (int t = 0; t < TN; t++) {
         even[t] = tile[s * (ROWS + 4) + first + 32 * t];
-        odd[t] = 0;
+        odd[t] = even[t] << 6 | before[t] >> 26;
+        before[t] = even[t];
         if (BITS == 3) {
           uint low = even[t], high = tile[(LOW + s / 2) * (ROWS + 4) + first + 32 * t] << (s % 2 * 2);
           even[t] = (low & ~0x44444444u) | (high & 0x44444444u);

@@ -1,21 +1,19 @@
 """Attention over compressed keys and values: in a kernel where there is one, else blockwise in plain MLX operations."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_turboquant.conditioning import finite_or_zero
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.row_kernels import say_once
-from mlx_turboquant.tensor import CompressedRows, PackedTensor, RaggedRows, SplitRows, settle
+from mlx_turboquant.plain_attention import PIECE_TOKENS, attend_pieces, four_axes
+from mlx_turboquant.tensor import CompressedRows, RaggedRows, SplitRows, settle
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
 # prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.
 MAX_DIRECT_QUERIES = 8
-# Tokens decoded at a time. 1,024 rows of 8 heads of 128 are 4 MiB in float32, small beside any cache worth packing.
-PIECE_TOKENS = 1024
 
 
 def attend(
@@ -43,22 +41,26 @@ def attend(
         (B, H, L, Dv) in the dtype of queries. A row whose keys are all masked is 0. Scores and sums are float32, and
         NaN or infinite entries of raw keys and values count as 0, as they do once they are encoded.
     """
+    if mask is None and not isinstance(keys, SplitRows) and queries.shape[2] == 1 and keys.readers:
+        reader = keys.readers.get(backend)
+        if reader is not None:  # a decode step like the one before it
+            return _read(reader, queries, keys, values, scale, None, False, sinks)
     if isinstance(mask, str) and mask != "causal":
         raise ValueError(f"[attend] mask must be None, 'causal' or an array, got {mask!r}.")
     if isinstance(keys, SplitRows):
         return _attend_split(queries, keys, values, scale, mask, sinks, backend)
     if isinstance(keys, RaggedRows):
-        return _attend_ragged(queries, keys, values, scale, mask, sinks, choose_backend(backend))
+        return _attend_ragged(queries, keys, values, scale, mask, sinks, backend)
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
-    backend = choose_backend(backend)
     if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
-        k, v = (side.dense(None if in_kernels(side.quantizer, backend) else PIECE_TOKENS) for side in (keys, values))
+        chosen = choose_backend(backend)
+        k, v = (side.dense(None if in_kernels(side.quantizer, chosen) else PIECE_TOKENS) for side in (keys, values))
         out = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask, sinks=sinks)
         # Now, so that one layer's decoded rows are gone before the next one's are made.
         settle(k.nbytes + v.nbytes, out)
         return out
-    fused = _attend_in_kernel(queries, keys, values, (keys.lengths,) * queries.shape[0], scale, mask, sinks, backend)
-    return _attend_pieces(queries, keys, values, scale, mask, sinks) if fused is None else fused
+    fused = _attend_in_kernel(queries, keys, values, scale, mask, sinks, backend)
+    return attend_pieces(queries, keys, values, scale, mask, sinks) if fused is None else fused
 
 
 def _attend_split(queries, keys: SplitRows, values: SplitRows, scale, mask, sinks, backend) -> mx.array:
@@ -73,7 +75,7 @@ def _attend_split(queries, keys: SplitRows, values: SplitRows, scale, mask, sink
     return mx.concatenate(out, axis=2)
 
 
-def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, sinks, backend: str) -> mx.array:
+def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, sinks, backend) -> mx.array:
     L, T = queries.shape[2], keys.shape[2]
     if keys.is_raw and L <= MAX_DIRECT_QUERIES:
         seen = _within_lengths(keys.tokens, L, causal=isinstance(mask, str))
@@ -82,7 +84,7 @@ def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, s
         k, v = keys.newest[:, :, :T], values.newest[:, :, :T]
         return mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=seen, sinks=sinks)
     if L <= MAX_DIRECT_QUERIES and (keys.quantizer.bits or values.quantizer.bits):
-        fused = _attend_in_kernel(queries, keys, values, keys.lengths, scale, mask, sinks, backend)
+        fused = _attend_in_kernel(queries, keys, values, scale, mask, sinks, backend)
         if fused is not None:
             return fused
     # One after the other: no room is taken for what the shorter ones do not have.
@@ -130,119 +132,53 @@ def in_kernels(quantizer: Any, backend: str) -> bool:
     return backend != "reference" and not isinstance(quantizer.fused, str) and quantizer.fused.projection is None
 
 
-def _attend_in_kernel(queries, keys, values, lengths, scale, mask, sinks, backend: str) -> mx.array | None:
+def _attend_in_kernel(queries, keys, values, scale, mask, sinks, backend: str | None) -> mx.array | None:
     """Attention in one call of the backend's kernel; None, said once, if it cannot read these rows."""
-    if backend == "reference":
+    reader = _reader(keys, values, backend)
+    if reader is None:
+        return None
+    causal = isinstance(mask, str)
+    mask = None if mask is None or causal else _all_tokens(four_axes(mask), keys.shape[2])
+    return _read(reader, queries, keys, values, scale, mask, causal, sinks)
+
+
+def _reader(keys, values, backend: str | None) -> kernel.Reader | None:
+    """What reads these stored rows in kernels, kept beside them; None, said once, if nothing does."""
+    if keys.readers and backend in keys.readers:
+        return keys.readers[backend]
+    chosen = choose_backend(backend)
+    if chosen == "reference":
         return None
     reason = why_not_fused(keys.quantizer, values.quantizer, keys.block)
     if reason is not None:
-        say_once("attend", backend, reason, "read this cache")
+        say_once("attend", chosen, reason, "read this cache")
         return None
-    sides = _stored(keys), _stored(values)
-    causal = isinstance(mask, str)
-    return kernel.attend(
-        queries,
-        *sides,
-        lengths,
-        scale=scale,
-        block=keys.block,
-        balance=keys.quantizer.balance,
-        mask=None if mask is None or causal else _all_tokens(_four_axes(mask), keys.shape[2]),
-        causal=causal,
-        logits=sinks,
-        backend=backend,
+    sides = (
+        kernel.StoredSide(fused[0], rows.stored, rows.sinks, None, *fused[1:])
+        for rows, fused in ((keys, keys.quantizer.fused), (values, values.quantizer.fused))
     )
+    reader = kernel.Reader(*sides, block=keys.block, balance=keys.quantizer.balance, backend=chosen)
+    if keys.readers is not None:
+        keys.readers[backend] = reader
+    return reader
 
 
-def _stored(rows: CompressedRows | RaggedRows) -> kernel.StoredSide:
-    bits, *turned = rows.quantizer.fused
-    tail = rows.newest if isinstance(rows, RaggedRows) or rows.newest_length else None
-    return kernel.StoredSide(bits, rows.stored, rows.sinks, tail, *turned)
-
-
-class _Softmax(NamedTuple):
-    """A softmax over part of the keys: the largest score, the sum of weights, the weighted values so far."""
-
-    top: mx.array  # (B, Hkv, R, 1)
-    total: mx.array  # (B, Hkv, R, 1)
-    packed: mx.array  # (B, Hkv, R, Dv), in the space that the value quantizer stores
-    raw: mx.array  # (B, Hkv, R, Dv), as the model has them
-
-
-def _attend_pieces(queries, keys, values, scale, mask, sinks) -> mx.array:
-    B, H, L, D = queries.shape
-    _, Hkv, T, Dv = values.shape
-    G = H // Hkv
-    rows = (queries.astype(mx.float32) * scale).reshape(B, Hkv, G * L, D)
-    prepared = keys.quantizer.prepare(rows)
-    mask = _grouped_mask(mask, L, T, Hkv)
-
-    zeros = mx.zeros((B, Hkv, G * L, Dv))
-    if sinks is None:
-        state = _Softmax(mx.full((B, Hkv, G * L, 1), -mx.inf), mx.zeros((B, Hkv, G * L, 1)), zeros, zeros)
-    else:
-        logits = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, Hkv, G, 1), (B, Hkv, G, L))
-        state = _Softmax(logits.reshape(B, Hkv, G * L, 1), mx.ones((B, Hkv, G * L, 1)), zeros, zeros)
-
-    for (start, stop, k), (_, _, v) in zip(keys.segments(PIECE_TOKENS), values.segments(PIECE_TOKENS), strict=True):
-        # One piece after the other: MLX would otherwise compute the scores of all pieces before the first sum.
-        if isinstance(k, PackedTensor):
-            k = k._replace(codes=mx.depends(k.codes, list(state)))
-            scores = keys.quantizer.scores(prepared, k)
-        else:
-            scores = rows @ finite_or_zero(k).swapaxes(-1, -2)
-        if mask is not None:
-            scores = _masked(scores.reshape(B, Hkv, G, L, -1), mask[..., start:stop]).reshape(scores.shape)
-        state = _add_piece(state, scores, v, values.quantizer)
-
-    out = (values.quantizer.finish(state.packed) + state.raw) / mx.maximum(state.total, 1e-37)
-    return out.reshape(B, H, L, Dv).astype(queries.dtype)
-
-
-def _add_piece(state: _Softmax, scores: mx.array, v: mx.array | PackedTensor, quantizer) -> _Softmax:
-    top = mx.maximum(state.top, scores.max(axis=-1, keepdims=True))
-    base = mx.where(mx.isinf(top), 0.0, top)  # all keys masked so far: exp(-inf - 0) = 0 where -inf - -inf is NaN
-    shrink = mx.exp(state.top - base)
-    weights = mx.exp(scores - base)
-    packed, raw = state.packed * shrink, state.raw * shrink
-    if isinstance(v, PackedTensor):
-        packed = packed + quantizer.weighted_sum(weights, v)
-    else:
-        raw = raw + weights @ finite_or_zero(v)
-    return _Softmax(top, state.total * shrink + weights.sum(axis=-1, keepdims=True), packed, raw)
-
-
-def _grouped_mask(mask, L: int, T: int, Hkv: int) -> mx.array | None:
-    """The mask with five axes (B, Hkv, G, L, T), any of the first three of length 1."""
-    if mask is None or (isinstance(mask, str) and L == 1):
-        return None
-    if isinstance(mask, str):
-        mask = mx.arange(T - L, T)[:, None] >= mx.arange(T)[None]
-    mask = _four_axes(mask)
-    heads = mask.shape[1]
-    split = (1, 1) if heads == 1 else (Hkv, heads // Hkv)
-    return mask.reshape(mask.shape[0], *split, *mask.shape[2:])
+def _read(reader: kernel.Reader, queries, keys, values, scale, mask, causal: bool, sinks) -> mx.array:
+    ragged = isinstance(keys, RaggedRows)
+    lengths = keys.lengths if ragged else (keys.lengths,) * queries.shape[0]
+    tail = (keys.newest, values.newest) if ragged or keys.newest_length else (None, None)
+    return reader(queries, *tail, lengths, scale=scale, mask=mask, causal=causal, logits=sinks)
 
 
 def _part_of(mask, axis: int, which: slice, tokens: int):
     """The mask for some of the queries (axis 2) or sequences (axis 0), and the first so many tokens."""
     if not isinstance(mask, mx.array):
         return mask
-    mask = _four_axes(mask)
+    mask = four_axes(mask)
     if mask.shape[axis] > 1:
         mask = mask[:, :, which] if axis == 2 else mask[which]
     return mask[..., :tokens] if mask.shape[3] > 1 else mask
 
 
-def _four_axes(mask: mx.array) -> mx.array:
-    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-
-
 def _all_tokens(mask: mx.array, tokens: int) -> mx.array:
     return mask if mask.shape[-1] == tokens else mx.broadcast_to(mask, (*mask.shape[:3], tokens))
-
-
-def _masked(scores: mx.array, mask: mx.array) -> mx.array:
-    if mask.dtype == mx.bool_:
-        return mx.where(mask, scores, -mx.inf)
-    return scores + mask.astype(mx.float32)

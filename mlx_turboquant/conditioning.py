@@ -48,17 +48,16 @@ def subtract_centers(keys: mx.array, centers: mx.array | None) -> mx.array:
     return finite_or_zero(blocks - centers[:, :, :, None].astype(mx.float32)).reshape(B, H, T, D)
 
 
-def balance_factors(query_squares: mx.array, keys: mx.array) -> mx.array:
+def balance_factors(query_squares: mx.array, key_squares: mx.array) -> mx.array:
     """The factors s that balance quantization noise between channels.
 
     Args:
         query_squares: (B, Hkv, D) float32, the sum of q_i^2 over all queries that read this head (any multiple of it).
-        keys: (B, Hkv, T, D) float32, centred.
+        key_squares: (B, Hkv, D) float32, the sum of k_i^2 over all centred keys (any multiple of it).
 
     Returns:
         (B, Hkv, D) float32 with geometric mean 1 per head; all ones where a head has seen no query or no key energy.
     """
-    key_squares = (keys * keys).mean(axis=2)
     log_s = 0.25 * (_log_floored(query_squares) - _log_floored(key_squares))
     unused = mx.minimum(query_squares.max(axis=-1, keepdims=True), key_squares.max(axis=-1, keepdims=True)) == 0
     return mx.where(unused, 1.0, mx.exp(log_s - log_s.mean(axis=-1, keepdims=True)))

@@ -55,6 +55,39 @@ def unpack_codes(words: mx.array, bits: int, dim: int) -> mx.array:
     return codes
 
 
+def code_bytes(words: mx.array, bits: int) -> mx.array:
+    """The codes of `pack_codes` as bytes of whole codes, for tables that are indexed with a byte.
+
+    Args:
+        words: (..., words_per_row(dim, bits)) uint32.
+        bits: 1, 2, 3, 4 or 8.
+
+    Returns:
+        (..., n) uint8. A byte holds 8 / bits codes, the first in the lowest bits; of 3 bits two, as of 4 bits. The
+        zeros that fill up the last words are there too.
+
+    Raises:
+        ValueError: for other bits.
+    """
+    if bits not in PLANES:
+        raise ValueError(
+            f"[code_bytes] wanted codes of {', '.join(map(str, PLANES))} bits, got {bits}. Take `unpack_codes`."
+        )
+    return (_in_nibbles(words) if bits == 3 else words).view(mx.uint8)
+
+
+def _in_nibbles(words: mx.array) -> mx.array:
+    """3-bit codes as 4-bit codes in their order: two words for each word of low bits."""
+    count = 2 * words.shape[-1] // 3  # low words, of 16 codes; a high word serves two of them
+    low, high = words[..., :count, None], words[..., count:]
+    high = mx.stack([high, high << 2], axis=-1).reshape(*high.shape[:-1], -1)[..., :count, None]
+    even, odd = (low & 0x33333333) | (high & 0x44444444), ((low >> 2) & 0x33333333) | ((high >> 1) & 0x44444444)
+    # Fields k = 0, 2, 4, 6 and k = 1, 3, 5, 7 of both, as bytes (even k, odd k); then the bytes in turn.
+    first, second = (even & 0x0F0F0F0F) | ((odd & 0x0F0F0F0F) << 4), ((even >> 4) & 0x0F0F0F0F) | (odd & 0xF0F0F0F0)
+    turns = mx.stack([first.view(mx.uint8), second.view(mx.uint8)], axis=-1)
+    return turns.reshape(*words.shape[:-1], -1).view(mx.uint32)
+
+
 def _planes(bits: int) -> tuple[int, ...]:
     if bits not in _ALL_PLANES:
         raise ValueError(f"[packing] bits must be 1 to 8, got {bits}. Choose a whole number of bits from 1 to 8.")

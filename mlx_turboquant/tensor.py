@@ -1,5 +1,6 @@
 """Packed rows: what the encoders write, the cache keeps and attention reads."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,23 @@ def settle(nbytes: int, *arrays: mx.array | None) -> None:
     """Evaluate arrays now if what they are made from is large, so that it can be released."""
     if nbytes >= LARGE_BYTES:
         mx.eval(*(array for array in arrays if array is not None))
+
+
+_started = threading.local()  # an array is evaluated only in the thread that made it
+
+
+def start_settling(nbytes: int, *arrays: mx.array | None) -> None:
+    """The same, but wait for the arrays of the call before: a GPU works on one layer while Python prepares the next.
+
+    What two layers are made from is then held at once.
+    """
+    if nbytes >= LARGE_BYTES:
+        some = [array for array in arrays if array is not None]
+        mx.async_eval(*some)
+        before = getattr(_started, "array", None)
+        _started.array = min(some, key=lambda array: array.nbytes)  # all are done when one is; it is kept meanwhile
+        if before is not None:
+            mx.eval(before)
 
 
 class PackedTensor(NamedTuple):
@@ -65,7 +83,7 @@ def tokens_per_row(block: int) -> tuple[int, int, int]:
     return 1, 1, block
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: one is made for each side, layer and step, and freezing takes 1.5 us
 class CompressedRows:
     """The keys, or the values, of one layer as a compressed cache holds them: first tokens, blocks, newest tokens.
 
@@ -79,6 +97,8 @@ class CompressedRows:
         newest_length: how many rows of it are valid.
         quantizer: knows what `stored` means (see `quantizers`).
         block: tokens per block.
+        readers: of the keys, what attention keeps of these sinks and blocks from one step to the next, by backend; None
+            if they are read once.
     """
 
     sinks: mx.array | None
@@ -88,6 +108,7 @@ class CompressedRows:
     newest_length: int
     quantizer: Any
     block: int
+    readers: dict[str | None, Any] | None = None
 
     @property
     def packed(self) -> PackedTensor:
@@ -146,13 +167,13 @@ class CompressedRows:
         return mx.concatenate(rows, axis=2)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class RaggedRows:
     """The keys, or the values, of one layer of several sequences of unequal lengths, each from row 0 of its buffers.
 
     Attributes:
-        sinks, stored, newest, quantizer, block: as of `CompressedRows`, a sequence in each entry of the first axis;
-            `stored` is None while no sequence is compressed.
+        sinks, stored, newest, quantizer, block, readers: as of `CompressedRows`, a sequence in each entry of the first
+            axis; `stored` is None while no sequence is compressed.
         lengths: for each sequence, valid rows of sinks, blocks and newest.
     """
 
@@ -162,6 +183,7 @@ class RaggedRows:
     lengths: tuple[tuple[int, int, int], ...]
     quantizer: Any
     block: int
+    readers: dict[str | None, Any] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:

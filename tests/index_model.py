@@ -2,6 +2,39 @@
 
 import numpy as np
 
+from mlx_turboquant.index import TurboQuantIndex
+from mlx_turboquant.ops import trellis
+
+WIDTHS = [1, 2, 2.5, 3, 3.5, 4, 8]
+METRICS = ["ip", "cosine", "l2"]
+
+
+def filled(x, *args, **kw):
+    """An index with vectors."""
+    index = TurboQuantIndex(x.shape[1], *args, **kw)
+    index.add(x)
+    return index
+
+
+def estimates(index, q):
+    """Estimated inner products (m, n) in the order of insertion."""
+    D, I = index.search(q, index.ntotal)
+    return np.take_along_axis(D, np.argsort(I, axis=1), axis=1)
+
+
+def nearest_path(x):
+    """The values (dim,) of the trellis path nearest to x (dim,), a state at a time: Viterbi, literally."""
+    best = {0: (0.0, [])}  # by state, the last three codes: squared error, values
+    for number in x:
+        after = {}
+        for state, (error, values) in best.items():
+            for code in range(4):
+                value = float(trellis.values()[state + 64 * code])
+                path = (error + (number - value) ** 2, [*values, value])
+                after[state // 4 + 16 * code] = min(path, after.get(state // 4 + 16 * code, (np.inf, [])))
+        best = after
+    return np.array(min(best.values())[1])
+
 
 class IndexModel:
     """Ids and decoded vectors of an index in the order of insertion; products are float64."""

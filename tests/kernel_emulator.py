@@ -1,6 +1,8 @@
 """A backend named "emulator": the package's kernels, run on the CPU from their Metal text by `metal_emu`.
 
-import kernel_emulator                                 # registers it; then wrapper(..., backend="emulator")
+Another, "emulator-exchange", runs the text and the plans of the backend "cuda", which looks codes up by exchange.
+
+import kernel_emulator                                 # registers them; then wrapper(..., backend="emulator")
 with kernel_emulator.options(check=True, order="reverse"):    # any option of metal_emu's kernels, for these calls
 with kernel_emulator.prebuilding():   # calls in here return zeros; all their kernels are compiled, two at a time
 """
@@ -10,11 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from metal_emu import metal_kernel, prebuild
 
+from mlx_turboquant.ops import attend_plan
 from mlx_turboquant.ops.kernel import Kernel, register_builder
 
 _options: dict[str, Any] = {}
@@ -26,11 +30,11 @@ CALLS: dict[str, dict[str, Any]] = {}  # by name: the arguments of the last call
 class _Emulated:
     """Stands where the result of mx.fast.metal_kernel would stand."""
 
-    def __init__(self, kernel: Kernel, template: tuple):
-        header, source = kernel.specialised(template)
+    def __init__(self, kernel: Kernel, template: tuple, by_exchange: bool = False):
+        header, source = kernel.specialised(template, by_exchange)
         self.name = kernel.name
         self.kernel = metal_kernel(
-            name=kernel.specialised_name(template),
+            name=kernel.specialised_name(template, by_exchange),
             input_names=list(kernel.inputs),
             output_names=list(kernel.outputs),
             header=header,
@@ -103,3 +107,5 @@ def text_of_mlx(kernel: Any, inputs: list[mx.array], arguments: dict[str, Any], 
 
 
 register_builder("emulator", _Emulated)
+register_builder("emulator-exchange", partial(_Emulated, by_exchange=True))
+attend_plan.MANY_REGISTERS.add("emulator-exchange")

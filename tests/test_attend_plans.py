@@ -13,8 +13,9 @@ from attend_cases import BACKEND, ON_GPU, UNSUPPORTED, Case, forced, make, rotat
 
 from mlx_turboquant.codebook import gaussian
 from mlx_turboquant.ops import attend as ops
-from mlx_turboquant.ops import attend_plan
+from mlx_turboquant.ops import attend_calls, attend_plan
 from mlx_turboquant.ops import kernel as kernels
+from mlx_turboquant.ops.attend_plan import Shape
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.tensor import PackedTensor
@@ -75,7 +76,7 @@ def calls():
     """The list of (kernel, template, call) that a GPU's backend is given."""
 
     def forget():
-        for kept in (attend_plan.plan_of, ops._prepare, ops._runner, kernels._build):
+        for kept in (attend_plan.plan_of, ops._prepare, attend_calls.runner, kernels._build):
             kept.cache_clear()
 
     forget()
@@ -120,7 +121,7 @@ def test_scratch_is_a_sum_and_two_numbers_for_each_row_and_split(backend, calls)
         calls.clear()
         attend(backend, (4, packed, 20), B=B, Hkv=Hkv, G=G, L=L, D=D)
         ((rows, splits, width),) = calls[0][2]["output_shapes"]
-        assert (rows, width) == (B * Hkv * G * L, D + 2) and splits <= ops.MAX_SPLITS
+        assert (rows, width) == (B * Hkv * G * L, D + 2) and splits <= attend_plan.MAX_SPLITS
         # With one row for a token it would be a copy of the cache; it is a small part of what is read.
         assert splits * 16 <= packed
 
@@ -145,6 +146,27 @@ def test_sizes_of_a_million_tokens_fit_their_32_bits(backend, calls):
     sizes = dict(zip(kernel.inputs, call["inputs"], strict=True))["sizes"]
     assert sizes.dtype == mx.int32 and sizes[0] == (1 << 20) + 128 and sizes[7] == (1 << 20) + 24
     assert np.array(sizes).min() >= 0
+
+
+def plan_for(backend, D, G, L=1, packed=1 << 14, signs=False, key_groups=1):
+    shape = Shape(backend, 1, 8 * G, L, D, 8, 64, HALF, 3, 4, key_groups, 1, True, True, 0, False, False, signs)
+    return attend_plan.plan_of(shape, packed, 2)
+
+
+@pytest.mark.parametrize("packed", [256, 1 << 14])
+def test_a_lane_of_an_apple_gpu_keeps_half_as_many_numbers_of_queries(packed):
+    for D, G, L in itertools.product((64, 96, 128), (1, 2, 3, 4, 6, 8, 16), (1, 2, 8)):
+        own, cuda = (plan_for(backend, D, G, L, packed) for backend in ("metal", "cuda-metal"))
+        # Of 128 registers queries take 32 and, at 8 elements of a value in a lane, sums take 32 more.
+        assert own.rows * own.key_elements <= 32 and own.rows <= 4 and own.key_elements in (8, 16)
+        assert cuda.rows == min(1 << (G * L - 1).bit_length(), 8) and cuda.key_elements == (8 if cuda.rows == 8 else 16)
+
+
+def test_long_heads_and_sketches_have_one_plan_everywhere():
+    # Heads of 256 spill either way, with 16 elements in fewer exchanges.
+    for D, signs, G in ((256, False, 8), (256, True, 4), (128, True, 2), (128, True, 8)):
+        plans = [plan_for(backend, D, G, signs=signs) for backend in ("metal", "cuda-metal")]
+        assert plans[0][3:6] == plans[1][3:6]  # rows, key_elements, simdgroups
 
 
 @emulated
@@ -256,10 +278,10 @@ def test_a_compiled_call_captures_no_array(backend, passes, mask, logits, signs)
 
     kernels._build.cache_clear()
     with mock.patch.dict(kernels.BUILDERS, {backend: build}), forced(passes):
-        ops._runner.cache_clear()
+        attend_calls.runner.cache_clear()
         ops._padding.cache_clear()
         out = ops.attend(made.queries, made.keys, made.values, **made.options, backend=backend)
         mx.eval(out)
         assert out.shape == made.queries.shape
-    ops._runner.cache_clear()
+    attend_calls.runner.cache_clear()
     kernels._build.cache_clear()

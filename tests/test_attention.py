@@ -6,7 +6,7 @@ import pytest
 from attend_cases import BACKEND, ON_GPU, UNSUPPORTED
 from schemes import METHODS, SCHEMES, TURBO
 
-from mlx_turboquant import TurboQuantKVCache, attention
+from mlx_turboquant import TurboQuantKVCache, plain_attention
 from mlx_turboquant.attention import attend
 
 with_kernels = pytest.mark.skipif(bool(UNSUPPORTED), reason=UNSUPPORTED)
@@ -109,7 +109,7 @@ def test_values_may_have_another_head_size():
 def test_pieces_add_up_whatever_their_size(monkeypatch):
     queries, packed, dense = case(T=700, L=3)
     for tokens in (1, 64, 100, 640, 10_000):
-        monkeypatch.setattr(attention, "PIECE_TOKENS", tokens)
+        monkeypatch.setattr(plain_attention, "_piece_tokens", lambda *sizes, tokens=tokens: tokens)
         check(queries, packed, dense, mask="causal")
 
 

@@ -7,11 +7,18 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.ops import attend, dequantize, encode, score
+from mlx_turboquant.ops import attend_calls, dequantize, encode, score, survey
 from mlx_turboquant.ops import kernel as kernels
 from mlx_turboquant.ops.cuda_text import cuda_text, in_a_file
 
-KERNELS = [attend._ATTEND, attend._ATTEND_MMA, attend._MERGE, encode._ENCODE, dequantize._DEQUANTIZE, score._SCORE]
+KERNELS = [
+    attend_calls._ATTEND,
+    attend_calls._ATTEND_MMA,
+    attend_calls._MERGE,
+    encode._ENCODE,
+    dequantize._DEQUANTIZE,
+    score._SCORE,
+]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,7 @@ def test_tables_in_program_scope_are_constant_memory():
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_mlx_is_given_short_text_that_includes_the_rest(kernel):
     template = (("T", mx.float16), ("D", 64), ("NSG", 4), ("RESIDENT", 2), ("SHARED_BYTES", 1024))
-    header, body = cuda_text(*kernel.specialised(template))
+    header, body = cuda_text(*kernel.specialised(template, by_exchange=True))
     with mock.patch.object(mx.fast, "cuda_kernel", create=True) as made:
         kernels._cuda(kernel, template)
     given = made.call_args.kwargs
@@ -46,6 +53,21 @@ def test_mlx_is_given_short_text_that_includes_the_rest(kernel):
     assert "launch_bounds(128, 2)" in Path(included[0]).read_text()
     assert len(given["header"] + given["source"] + given["name"]) < 500
     assert given["shared_memory"] == 1024
+
+
+@pytest.mark.parametrize("kernel", [attend_calls._ATTEND, encode._ENCODE], ids=lambda kernel: kernel.name)
+def test_only_the_backend_cuda_looks_codes_up_by_exchange(kernel):
+    """And the two texts for CUDA have names of their own, by which MLX keeps what it compiled."""
+    template, macro = (("T", mx.float16), ("D", 64), ("NSG", 4)), "#define TURBOQUANT_LOOKUP_BY_EXCHANGE 1\n"
+    texts, names = {}, {}
+    for backend, maker in (("metal", "metal_kernel"), ("cuda", "cuda_kernel"), ("cuda-metal", "cuda_kernel")):
+        with mock.patch.object(mx.fast, maker, create=True) as made:
+            kernels.BUILDERS[backend](kernel, template)
+        header, names[backend] = made.call_args.kwargs["header"], made.call_args.kwargs["name"]
+        texts[backend] = Path(header.split('"')[1]).read_text() if backend != "metal" else header
+    assert {backend for backend, text in texts.items() if macro in text} == {"cuda"}
+    assert texts["cuda"].replace(macro, "") == texts["cuda-metal"] and names["cuda"] != names["cuda-metal"]
+    assert all("#ifdef TURBOQUANT_LOOKUP_BY_EXCHANGE" in text for text in texts.values())
 
 
 def test_one_text_has_one_file_and_another_text_another():

@@ -64,7 +64,7 @@ def assert_right(case, got, rows):
     same = np.all(codes == wanted_codes, axis=-1)
     assert same.mean() >= 0.99
     # A group whose codes differ is as near with either.
-    centroids, x = np.array(lloyd_max._centroids(case.bits), np.float64), f64(x).reshape(codes.shape)
+    centroids, x = np.array(lloyd_max._codebook(case.bits).numbers, np.float64), f64(x).reshape(codes.shape)
     for rest in (c[~same] for c in (codes, wanted_codes)):
         near = (x[~same] * centroids[rest]).sum(-1) / np.linalg.norm(centroids[rest], axis=-1)
         best = (x[~same] * centroids[wanted_codes[~same]]).sum(-1) / np.linalg.norm(

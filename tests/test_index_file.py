@@ -11,10 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_index import filled, units
+from index_model import filled
+from unit_vectors import units
 
 from mlx_turboquant.index import TurboQuantIndex, blocks, file
 from mlx_turboquant.index.settings import Settings
+from mlx_turboquant.ops.score import _PIECE_ELEMENTS
 
 
 def parts_of(path):
@@ -74,7 +76,7 @@ def test_other_tools_can_read_the_file(saved):
         np.testing.assert_allclose(kept[:3], units(90, 20)[:3], atol=0.004)
     with safetensors.safe_open(path, "np") as opened:
         assert opened.metadata() == {
-            "format": "mlx_turboquant_index", "version": "1", "d": "20", "bits": "2.5", "metric": "l2", "seed": "4",
+            "format": "mlx_turboquant_index", "version": "2", "d": "20", "bits": "2.5", "metric": "l2", "seed": "4",
             "keep": "int8", "ntotal": "90", "next_id": "503",
         }  # fmt: skip
 
@@ -192,7 +194,8 @@ def test_search_and_save_of_a_mapped_index_take_the_memory_of_a_few_blocks(large
     D, I = index.search(q, 10)
     # Of a block: codes twice while they are copied, unpacked as numbers and centroids; and two blocks at a time.
     assert mx.get_peak_memory() - before < 2 * (2 * block_bytes + 3 * 4 * 4096 * 64) < 80 * block_bytes / 2
-    assert tracemalloc.get_traced_memory()[1] - numpy_before < 2 * block_bytes
+    # Without a GPU numpy decodes a piece of rows: up to 16 bytes for a number while a table is read.
+    assert tracemalloc.get_traced_memory()[1] - numpy_before < 2 * block_bytes + 16 * _PIECE_ELEMENTS < 20 * block_bytes
     index.remove_ids([0])
     tracemalloc.reset_peak()
     numpy_before = tracemalloc.get_traced_memory()[0]
@@ -256,7 +259,8 @@ BROKEN = {
     "metadata of another kind": (broken(lambda header: header.update(__metadata__=[1])), "wanted the header"),
     "another format": (meta(format="gguf"), "wanted the format 'mlx_turboquant_index', got 'gguf'"),
     "a long format": (meta(format="x" * 50000), r"got 'x+\.\.\."),
-    "a later version": (meta(version="2"), r"wanted version 1 of the format, got '2' .* build the index again"),
+    "an earlier version": (meta(version="1"), r"wanted version 2 of the format, got '1' .* 2 bits were other codes"),
+    "a later version": (meta(version="3"), r"wanted version 2 of the format, got '3' .* build the index again"),
     "no version": (broken(lambda header: header["__metadata__"].pop("version") and None), "wanted the header"),
     "another d": (meta(d="21"), "another 'codes_low' in the header|another 'codes_high'|another 'kept'"),
     "a huge d": (meta(d="65535"), "wanted the settings of an index"),
@@ -324,7 +328,7 @@ def test_damaged_ids_are_found_when_they_are_needed(ids, message, saved):
 
 
 def test_a_file_of_this_version_is_read_by_later_ones(tmp_path):
-    """Byte for byte what version 1 was when it was made: an index of two vectors of d = 4 at 4 bits."""
+    """Byte for byte what version 2 was when it was made: an index of two vectors of d = 4 at 4 bits."""
     path = tmp_path / "index"
     index = filled(np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32), 4, "l2")
     index.save(path)

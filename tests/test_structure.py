@@ -17,6 +17,7 @@ ROOMS = [
     {"files", "methods", "scheme", "scheme_file", "codebook", "rotation", "packing", "tensor", "kernel_source"},
     {"ops", "conditioning"},
     {"quantizers", "vectors", "index"},
+    {"plain_attention"},
     {"attention"},
     {"binding", "shard", "fingerprint"},
     {"cache", "row_values", "row_flow", "layers"},

@@ -8,7 +8,8 @@ from mlx_turboquant.tensor import PackedTensor, tokens_per_row
 class RowBuffer:
     """Rows (B, Hkv, length, D) in an array with room for more.
 
-    Rows are always copied in and never shared with the array they come from: a slice would keep all of that array.
+    Its array never holds on to a larger one that rows come from, and is row contiguous: kernels would copy another
+    layout at every step.
     """
 
     def __init__(self) -> None:
@@ -29,8 +30,8 @@ class RowBuffer:
         """Add rows (B, Hkv, n, D); if they do not fit, move to an array of `capacity` rows, or more if they need it."""
         stop = self.length + rows.shape[2]
         if self.array is None and capacity <= stop:
-            # Assigning all of an array makes it the assigned one, a slice of another perhaps; a gather always copies.
-            self.array, self.length = mx.take(rows, mx.arange(stop), axis=2), stop
+            # Assigning all of an array makes it the assigned one, a slice of another perhaps.
+            self.array, self.length = mx.contiguous(rows), stop
             return
         if self.array is None or stop > self.array.shape[2]:
             B, H, _, D = rows.shape

@@ -1,6 +1,5 @@
-"""What a cache refuses at the door, and what it reports later: rows that do not fit, rows that are not finite."""
+"""What a cache refuses at the door: rows that do not fit."""
 
-import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -37,32 +36,3 @@ def check_rows(layer: int, held: tuple[Any, Any], keys: mx.array, values: mx.arr
                     f"{where} holds {name} of batch {B}, {H} heads, head size {D}, {buffer.array.dtype}; "
                     f"got {new.shape}, {new.dtype}. Make a new cache for another batch or model."
                 )
-
-
-class NonfiniteReport:
-    """Counts encoded tokens with NaN or Inf and warns about them, without making a decode step wait for the count."""
-
-    def __init__(self) -> None:
-        self._counts: list[mx.array] = []
-        self._steps_left = 0
-
-    def add(self, keys: mx.array, values: mx.array) -> mx.array:
-        """Count rows (B, Hkv, T, D) that are being encoded; the count, to be evaluated with what is encoded."""
-        finite = mx.isfinite(keys).all(axis=-1) & mx.isfinite(values).all(axis=-1)
-        self._counts.append((~finite).sum())
-        self._steps_left = 2  # by then it has been computed along with the step
-        return self._counts[-1]
-
-    def step(self, layer: int) -> None:
-        """Called once per update: warn if a count that is ready is not zero."""
-        self._steps_left -= 1
-        if not self._counts or self._steps_left >= 0:
-            return
-        count, self._counts = sum(c.item() for c in self._counts), []
-        if count:
-            warnings.warn(
-                f"[TurboQuantKVCache] layer {layer}: {count} tokens had NaN or Inf in their keys or values; those "
-                "entries were stored as their block's mean (keys) or 0 (values).",
-                RuntimeWarning,
-                stacklevel=4,
-            )

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
-from mlx_turboquant.cache.checks import NonfiniteReport
+from mlx_turboquant.cache.nonfinite import NonfiniteReport
+from mlx_turboquant.cache.plain_steps import PlainSteps
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import CompressedRows
@@ -35,14 +36,16 @@ class HeldTokens:
         self._trimmed = False  # trim was called since the last update
         self._dropped = 0  # tokens right behind the sinks that a bounded cache no longer holds
         self._nonfinite = NonfiniteReport()
+        self._plain = PlainSteps()
         self._undo: list[Any] = []  # of each encoding inside the last call: offset, tails and blocks before it
 
     def keys_and_values(self):
         """The keys and values of all tokens held, as `update_and_fetch` returns them."""
         if self._blocks is None:
             return tuple(rows.view() for rows in self._tail)
+        shared = self.scheme.block, self._plain.readers
         return tuple(
-            CompressedRows(sinks, blocks.stored(), blocks.length, tail.array, tail.length, quantizer, self.scheme.block)
+            CompressedRows(sinks, blocks.stored(), blocks.length, tail.array, tail.length, quantizer, *shared)
             for sinks, blocks, tail, quantizer in zip(
                 self._sinks or (None, None), self._blocks, self._tail, self._quantizers, strict=True
             )

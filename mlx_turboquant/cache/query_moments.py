@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
+from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.survey import survey
+
+_BLOCK = 64  # queries that one threadgroup sums
 
 
 class QueryMoments:
@@ -36,8 +40,14 @@ class QueryMoments:
             What to evaluate together with the call, so that the queries need not stay.
         """
         B, H, L, D = queries.shape
+        whole = counts is None or min(counts) >= L
+        if whole and wanted == "squares" and L > MAX_DIRECT_QUERIES and choose_backend() != "reference":
+            squares = survey(queries, 0, L, block=_BLOCK, squares=True).squares
+            self._newest = squares.reshape(B, heads, -1, D).sum(axis=2)
+            self.count_newest()
+            return self.sums
         rows = queries.astype(mx.float32).reshape(B, heads, H // heads, L, D)
-        if counts is not None and min(counts) < L:
+        if not whole:
             counted = mx.arange(L) < mx.array(counts)[:, None]
             rows = mx.where(counted[:, None, None, :, None], rows, 0.0)
         if wanted == "moments":

@@ -10,7 +10,7 @@ def resized(array: mx.array, room: int) -> mx.array:
     B, H, T, D = array.shape
     if room > T:
         return mx.concatenate([array, mx.zeros((B, H, room - T, D), array.dtype)], axis=2)
-    return mx.take(array, mx.arange(room), axis=2)  # a slice would keep all of the array alive
+    return mx.contiguous(array[:, :, :room])  # a slice would keep all of the array alive
 
 
 def write(array: mx.array, rows: mx.array, starts: Sequence[int], first: int = 0) -> None:

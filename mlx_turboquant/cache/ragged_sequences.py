@@ -72,7 +72,7 @@ def extracted(batch: Any, index: int) -> Any:
         rows.append(held[one, :, :tail], room)
     if packed:
         if sinks:
-            cache._sinks = tuple(mx.take(held[one], mx.arange(sinks), axis=2) for held in batch._rows.sinks)
+            cache._sinks = tuple(mx.contiguous(held[one, :, :sinks]) for held in batch._rows.sinks)
         cache._blocks = tuple(PackedBuffer(batch.scheme.block) for _ in range(2))
         for blocks, held in zip(cache._blocks, batch._rows.blocks, strict=True):
             blocks.append(held.map(lambda array: array[one]).rows(0, packed, batch.scheme.block))
@@ -130,7 +130,7 @@ def _shape(batch: Any) -> tuple | None:
 def _raw_layer(batch: Any, one: slice, tokens: int) -> RawLayerCache:
     cache = RawLayerCache(batch.layer)
     if batch._rows.tail is not None and tokens:
-        cache.keys, cache.values = (mx.take(rows[one], mx.arange(tokens), axis=2) for rows in batch._rows.tail)
+        cache.keys, cache.values = (mx.contiguous(rows[one, :, :tokens]) for rows in batch._rows.tail)
         cache.offset = tokens
     return cache
 

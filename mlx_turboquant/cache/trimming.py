@@ -19,6 +19,7 @@ def trim(cache: Any, n: int) -> int:
             "Read the prompt again."
         )
     cache._trimmed = True
+    cache._plain.stop()
     undo = next((before for before in cache._undo if before[0] > cache.offset - n), None)
     cache._undo = []
     if undo is not None and n < cache.offset:

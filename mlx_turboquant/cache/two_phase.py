@@ -12,13 +12,13 @@ from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
 from mlx_turboquant.cache import drafts, saved_state, trimming
 from mlx_turboquant.cache.bound import attention_mask, check_max_size, tokens_to_drop
-from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
+from mlx_turboquant.cache.buffers import PackedBuffer
 from mlx_turboquant.cache.checks import check_rows
 from mlx_turboquant.cache.held import HeldTokens
 from mlx_turboquant.cache.schedule import due, tail_room
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
-from mlx_turboquant.tensor import settle
+from mlx_turboquant.tensor import start_settling
 
 # mlx-lm's prefill loops evaluate `[c.state for c in prompt_cache]` after each chunk of a prompt and never while
 # decoding. That tells a chunk of one token from a decode step, whatever the chunk size.
@@ -75,6 +75,10 @@ class TurboQuantKVCache(HeldTokens):
                 no tokens.
             RuntimeError: if the attention that can read compressed rows has been removed from the model.
         """
+        plain = self._plain.take(self, keys, values)
+        if plain is not None:
+            return plain
+        self._plain.stop()
         self._admit(keys, values)
         L = keys.shape[2]
         self._undo = []
@@ -94,6 +98,7 @@ class TurboQuantKVCache(HeldTokens):
             return drafts.split(self, keys, values, inside)
         self._append_to_tail(keys, values)
         self._nonfinite.step(self.layer)
+        self._plain.start(self)
         return self.keys_and_values()
 
     def observe_queries(self, queries: mx.array) -> mx.array | None:
@@ -159,22 +164,27 @@ class TurboQuantKVCache(HeldTokens):
         skip, stop = due(self.scheme, self.tail_tokens, first)
         if stop == skip:
             return 0
+        self._plain.stop()
         keys, values = (rows.view()[:, :, skip:stop] for rows in self._tail)
+        looks = [
+            quantizer.look(rows.array, skip, stop, self.scheme.block, first)
+            for quantizer, rows in zip(self._quantizers, self._tail, strict=True)
+        ]
         if first:
-            self._sinks = tuple(_copied(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
+            self._sinks = tuple(mx.contiguous(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
             self._blocks = tuple(PackedBuffer(self.scheme.block) for _ in range(2))
-            for quantizer, rows in zip(self._quantizers, (keys, values), strict=True):
-                quantizer.fit(rows, self._queries.sums)
+            for quantizer, rows, look in zip(self._quantizers, (keys, values), looks, strict=True):
+                quantizer.fit(rows, self._queries.sums, look.squares)
         for blocks, quantizer, rows in zip(self._blocks, self._quantizers, self._tail, strict=True):
             blocks.append(quantizer.encode(rows.array, skip, stop), stop - skip)
-        bad = self._nonfinite.add(keys, values)
+        bad = self._nonfinite.add(*(look.bad for look in looks))
         for rows in self._tail:
             rows.keep(stop, rows.length, tail_room(self.scheme))
-            # Whoever evaluates the tail evaluates the count: left for later, it would keep the raw rows alive.
+            # Whoever evaluates the tail evaluates what was seen: left for later, it would keep the raw rows alive.
             rows.array = mx.depends(rows.array, bad)
         made = [array for blocks in self._blocks for array in blocks.stored()]
         made += [rows.array for rows in self._tail] + [*self._learned(), *(self._sinks or ())]
-        settle(keys.nbytes + values.nbytes, *made)
+        start_settling(keys.nbytes + values.nbytes, *made)
         return stop - skip
 
     def _drop_oldest(self, new: int) -> None:
@@ -182,6 +192,7 @@ class TurboQuantKVCache(HeldTokens):
         n = tokens_to_drop(self.size(), new, self.max_size, self.scheme)
         if n == 0:
             return
+        self._plain.stop()
         if self._blocks is None:
             for rows in self._tail:
                 rows.drop(self.scheme.sinks, self.scheme.sinks + n)
@@ -248,9 +259,3 @@ class TurboQuantKVCache(HeldTokens):
         cache = cls.__new__(cls)
         cache.state = state
         return cache
-
-
-def _copied(rows: mx.array) -> mx.array:
-    buffer = RowBuffer()
-    buffer.append(rows)
-    return buffer.array

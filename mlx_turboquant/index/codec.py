@@ -1,43 +1,38 @@
 """Vectors to codes whose inner products are right on average, and back."""
 
-from functools import cache
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_turboquant import codebook
+from mlx_turboquant.index.rounding import Array, rounded, values
 from mlx_turboquant.index.settings import Settings
-from mlx_turboquant.ops.lloyd_max import cell_polynomial
+from mlx_turboquant.ops import host
+from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.score import score
-from mlx_turboquant.packing import pack_codes, unpack_codes
 from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.vectors import rows
 
 # The longest vector and query: an inner product of two stays within float32.
 MAX_NORM = 1e18
-# By bits: the scalings tried before rounding, in units of 0.64 / d^(1/3) around unit mean square. At 3, 4 and 8 bits
-# three take 2, 4 and 9% off the squared sine of one at d = 384, and 0.4, 2 and 6% at d = 1536 (Gaussian rows); 91 from
-# 0.6 to 1.5 would take 2, 7 and 20, and 0.5, 3 and 10%. At 1 bit all give the same codes, at 2 bits three take 0.2%.
-# Those of `ops.lloyd_max` were found for rows of up to 128 and add 10% at d = 1536 and 4 bits.
-_SCALINGS = {1: (0,), 2: (0,), 3: (-1, 0, 1), 4: (-1, 0, 1), 8: (0, 0.75, 1.5)}
-# The polynomial that finds cells was fitted to boundaries up to here; at 8 bits there are others beyond.
-_FITTED = 3.7
-
-
-@cache
-def _centroids(bits: int) -> mx.array:
-    return mx.array(codebook.gaussian(bits))
+# Without a GPU vectors are multiplied with the rotation's matrix in numpy's BLAS, where MLX's CPU build takes 9 times
+# as long to rotate them at d = 384. Up to this d (64 MiB), and up to this d^2 times the odd factor of d, which is what
+# making the matrix takes: 1 to 2 s at most, once.
+_MATRIX_D, _MATRIX_WORK = 4096, 1 << 30
+# Rows of one product, always as many: see `host.ROWS`.
+_MATRIX_ROWS = 256
+_TINY = 1e-37  # the smallest power of ten that float32 holds with all its digits, with room for rounding
 
 
 class IndexCodec:
     """Encodes, scores and decodes vectors for the settings of an index.
 
-    A vector x is rotated at random and scaled to unit mean square, and every element takes the nearest centroid of
-    N(0, 1). Of several scalings before that the one with the largest cosine between Rx and its centroids c is taken:
-    the error of an inner product is that of the part of c that is at right angles to Rx. What is stored beside the
-    codes is the scale ||x||^2 / <Rx, c>, so that x is estimated by scale R^T c, whose product with x is ||x||^2. Its
-    other part, at right angles to x, has no preferred direction under a random rotation, so that products with any
-    query are right on average.
+    A vector x is rotated at random and scaled to unit mean square, and becomes codes: at 2 bits those of a path through
+    a trellis (`ops.trellis`), else every element takes the nearest centroid of N(0, 1), and of several scalings before
+    that the one with the largest cosine between Rx and its centroids c is taken: the error of an inner product is that
+    of the part of c that is at right angles to Rx. What is stored beside the codes is the scale ||x||^2 / <Rx, c>, so
+    that x is estimated by scale R^T c, whose product with x is ||x||^2. Its other part, at right angles to x, has no
+    preferred direction under a random rotation, so that products with any query are right on average.
 
     Args:
         settings: of the index.
@@ -67,34 +62,44 @@ class IndexCodec:
             )
         return x
 
-    def encode(self, where: str, x: mx.array) -> dict[str, np.ndarray]:
-        """What a search reads of prepared vectors (n, d) float32: packed codes, scales and, for l2, norms."""
-        directions, norms = rows.normalise(where, x)
-        rotated = self.rotation.apply(directions) * self.settings.d**0.5
-        length, codes, best, product = mx.square(rotated).sum(axis=-1), None, None, None
-        for factor in self._factors(rotated):
-            scaled = rotated * factor
-            tried = [_cells(scaled[:, part.start : part.stop], part.bits) for part in self.settings.parts]
-            chosen = self._values(tried)
-            error = scaled - chosen
-            # The squared sine of the angle, without the cancellation of 1 - cosine^2.
-            along = mx.square((error * rotated).sum(axis=-1)) / mx.maximum(length, 1e-37)
-            sine = (mx.square(error).sum(axis=-1) - along) / mx.square(chosen).sum(axis=-1)
-            with_x = (rotated * chosen).sum(axis=-1)
-            if codes is None:
-                codes, best, product = tried, sine, with_x
-            else:
-                better = sine < best
-                codes = [mx.where(better[:, None], a, b) for a, b in zip(tried, codes, strict=True)]
-                best, product = mx.where(better, sine, best), mx.where(better, with_x, product)
-        packed = [
-            pack_codes(part_codes, part.bits) for part, part_codes in zip(self.settings.parts, codes, strict=True)
-        ]
-        scales = mx.where(norms > 0, norms * (self.settings.d**0.5 / mx.maximum(product, 1e-37)), 0)
-        mx.eval(packed, scales, norms)
-        done = {part.name: np.array(words) for part, words in zip(self.settings.parts, packed, strict=True)}
-        done["scales"] = np.array(scales)
-        return done | ({"norms": np.array(norms)} if self.settings.metric == "l2" else {})
+    def rotate(self, x: Array) -> Array:
+        """Vectors (n, d) float32, rotated, as an array of MLX or numpy as they come.
+
+        In numpy, what a row becomes does not depend on the rows beside it: an index is the same however it is filled.
+        """
+        if isinstance(x, mx.array):
+            if choose_backend() != "reference" or self._matrix is None:
+                return self.rotation.apply(x)
+            return mx.array(host.product(np.asarray(x), self._matrix))
+        if self._matrix is None:
+            return np.asarray(self.rotation.apply(mx.array(x)))
+        out = np.empty_like(x)
+        for start in range(0, len(x), _MATRIX_ROWS):
+            part = x[start : start + _MATRIX_ROWS]
+            whole = host.product(host.filled(part, _MATRIX_ROWS), self._matrix)
+            out[start : start + len(part)] = whole[: len(part)]
+        return out
+
+    def encode(self, x: Array) -> dict[str, Array]:
+        """What becomes of vectors (n, d) float32: packed codes by part, "scales", "norms"; in MLX not evaluated yet.
+
+        The norm of a vector with NaN or infinite numbers is not finite, and its codes are anything. With `keep` there
+        is also "prepared": the vectors as the metric takes them.
+        """
+        xp = mx if isinstance(x, mx.array) else np
+        # Squares of what a float32 holds may overflow or vanish; squares of what lies in [-1, 1] do not.
+        largest = xp.maximum(xp.abs(x).max(axis=-1, keepdims=True), _TINY)
+        x_scaled = x / largest
+        lengths = xp.sqrt(xp.square(x_scaled).sum(axis=-1, keepdims=True))
+        units = xp.where(lengths > 0, lengths, 1)
+        norms = (lengths * largest)[:, 0]
+        codes, products = rounded(self.rotate(x_scaled) * (self.settings.d**0.5 / units), self.settings.parts)
+        sizes = xp.where(norms > 0, xp.ones_like(norms), norms) if self.settings.metric == "cosine" else norms
+        scales = xp.where(norms > 0, sizes * (self.settings.d**0.5 / xp.maximum(products, _TINY)), xp.zeros_like(norms))
+        out = codes | {"scales": scales, "norms": norms}
+        if self.settings.keep:
+            out["prepared"] = x_scaled / units if self.settings.metric == "cosine" else x
+        return out
 
     def score(self, rotated: mx.array, arrays: dict[str, mx.array]) -> mx.array:
         """How good n vectors are for m rotated queries, (m, n) float32: the inner product, less ||x||^2 / 2 for l2."""
@@ -108,31 +113,14 @@ class IndexCodec:
 
     def decode(self, arrays: dict[str, np.ndarray]) -> mx.array:
         """The vectors (n, d) float32 that codes and scales stand for."""
-        codes = [
-            unpack_codes(mx.array(arrays[part.name]), part.bits, part.stop - part.start) for part in self.settings.parts
-        ]
-        return self.rotation.invert(self._values(codes)) * mx.array(arrays["scales"])[:, None]
+        chosen = [values(mx.array(arrays[part.name]), part) for part in self.settings.parts]
+        chosen = chosen[0] if len(chosen) == 1 else mx.concatenate(chosen, axis=-1)
+        return self.rotation.invert(chosen) * mx.array(arrays["scales"])[:, None]
 
-    def _values(self, codes: list[mx.array]) -> mx.array:
-        values = [_centroids(part.bits)[each] for part, each in zip(self.settings.parts, codes, strict=True)]
-        return values[0] if len(values) == 1 else mx.concatenate(values, axis=-1)
-
-    def _factors(self, rotated: mx.array) -> list[float | mx.array]:
-        bits = max(part.bits for part in self.settings.parts)
-        factors = [1 + step * 0.64 / self.settings.d ** (1 / 3) for step in _SCALINGS[bits]]
-        if bits < 8:
-            return factors
-        largest = mx.maximum(mx.abs(rotated).max(axis=-1, keepdims=True), 1e-37)
-        return [mx.minimum(factor, _FITTED / largest) for factor in factors]
-
-
-def _cells(x: mx.array, bits: int) -> mx.array:
-    """The codes (n, dim) uint32 of values."""
-    count, (last, *coefficients) = 2**bits, reversed(cell_polynomial(bits))
-    if bits in (2, 3, 4):  # the polynomial holds up to the outermost boundary; what lies beyond is in the last cell
-        end = 1.01 * float(codebook.boundaries(codebook.gaussian(bits))[-1])
-        x = mx.clip(x, -end, end)
-    square, slope = x * x, last
-    for p in coefficients:
-        slope = slope * square + p
-    return mx.clip(mx.floor(x * slope + count / 2), 0, count - 1).astype(mx.uint32)
+    @cached_property
+    def _matrix(self) -> np.ndarray | None:
+        """(d, d) float32 such that a row times it is the row rotated; None if MLX rotates."""
+        d = self.settings.d
+        if d > _MATRIX_D or d // (d & -d) * d * d > _MATRIX_WORK:
+            return None
+        return np.array(self.rotation.apply(mx.eye(d)))

@@ -19,7 +19,7 @@ from mlx_turboquant.files import written_whole
 from mlx_turboquant.index.settings import Settings
 from mlx_turboquant.index.top import MAX_ROWS
 
-FORMAT, VERSION = "mlx_turboquant_index", "1"
+FORMAT, VERSION = "mlx_turboquant_index", "2"
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 1 << 16  # ours are below 2 KiB
 _TYPES = {np.uint32: "U32", np.float32: "F32", np.int64: "I64", np.float16: "F16", np.int8: "I8", np.uint8: "U8"}
@@ -77,8 +77,9 @@ def load(path: Path) -> tuple[Settings, int, dict[str, np.ndarray]]:
         raise _error(path, f"wanted the format {FORMAT!r}, got {_short(found[0])}")
     if found[1] != VERSION:
         raise ValueError(
-            f"[TurboQuantIndex.load] wanted version {VERSION} of the format, got {_short(found[1])} in {path}. Load it "
-            "with the version of mlx_turboquant that saved it, or build the index again."
+            f"[TurboQuantIndex.load] wanted version {VERSION} of the format, got {_short(found[1])} in {path}: before, "
+            "2 bits were other codes. Load it with the version of mlx_turboquant that saved it, or build the index "
+            "again."
         )
     try:
         settings, count, next_id = _parse(metadata)

@@ -32,7 +32,7 @@ def search(
     scores, rows = np.full((m, k), -np.inf, np.float32), np.full((m, k), -1, np.int64)
     if not found or not m:
         return scores, rows
-    step = max(_SCORES // blocks.block_rows, 1)
+    step = max(_SCORES // max(block.count for _, block in blocks), 1)
     tiles = [rotated[start : start + step] for start in range(0, m, step)]
     best = [top.no_keys(tile.shape[0], found) for tile in tiles]
     waiting = best[0]

@@ -11,6 +11,7 @@ from mlx_turboquant.index import doors, exact, file, kept
 from mlx_turboquant.index.blocks import Blocks
 from mlx_turboquant.index.codec import IndexCodec
 from mlx_turboquant.index.ids import Ids
+from mlx_turboquant.index.incoming import encoded
 from mlx_turboquant.index.search import distances, search
 from mlx_turboquant.index.settings import Settings, row_bytes, whole_number
 from mlx_turboquant.index.top import MAX_ROWS
@@ -113,10 +114,9 @@ class TurboQuantIndex:
         if start + n > MAX_ROWS:
             raise ValueError(f"[{where}] wanted at most {MAX_ROWS} rows, got {start + n}. Use several indexes.")
         try:
-            for part, rows in zip(chunk_slices(where, n, self.d), chunks(where, x), strict=True):
-                rows = self._codec.prepare(where, rows)
-                arrays = self._codec.encode(where, rows) | {"ids": ids[part]}
-                self._blocks.append(arrays | (kept.keep(self._settings, np.array(rows)) if self.keep else {}))
+            for part, arrays in encoded(where, self._codec, x):
+                columns = {name: arrays[name] for name in self._settings.searched} | {"ids": ids[part]}
+                self._blocks.append(columns | (kept.keep(self._settings, arrays["prepared"]) if self.keep else {}))
         except BaseException:
             self._blocks.truncate(start)
             raise
@@ -161,7 +161,7 @@ class TurboQuantIndex:
         if not len(q):
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64), np.zeros((0, 1))
         parts = [self._codec.prepare(where, rows) for rows in chunks(where, q)]
-        rotated = mx.concatenate([self._codec.rotation.apply(part) for part in parts])
+        rotated = mx.concatenate([self._codec.rotate(part) for part in parts])
         prepared = np.concatenate([np.array(part) for part in parts])
         offsets = np.square(prepared, dtype=np.float64).sum(axis=1, keepdims=True)
         scores, rows = search(self._blocks, self._codec, rotated, max(k, min(rerank, self.ntotal)), wanted)

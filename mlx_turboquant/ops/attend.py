@@ -1,28 +1,19 @@
-"""Attention that reads packed keys and values in a kernel: which shapes it takes, and the calls."""
+"""Attention that reads packed keys and values in a kernel: which shapes it takes, and what a step hands over."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_turboquant.ops.attend_plan import MAX_SPLITS, TILE, Plan, Shape, plan_of
-from mlx_turboquant.ops.backend import BACKENDS
-from mlx_turboquant.ops.kernel import Kernel
+from mlx_turboquant.ops.attend_calls import runner
+from mlx_turboquant.ops.attend_plan import TILE, Shape, plan_of
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
 
-_HEADERS = ("codebooks.h", "codes.h", "rotation.h")
-_INPUTS = (
-    *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
-    *("balance", "table", "sizes", "mask", "logits", "sketch"),
-)
-_ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
-_ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
-_MERGE = Kernel("attend_merge", ("sums", "logits", "table"), ("out",), ("rotation.h",))
-
 
 class StoredSide(NamedTuple):
-    """Keys or values of one layer, in whole buffers; `lengths` of `attend` says how much of them is valid.
+    """Keys or values of one layer, in whole buffers; `lengths` of `Reader` says how much of them is valid.
 
     Attributes:
         bits: of a code; 0 for raw rows. A sign that is kept beside it does not count.
@@ -83,170 +74,138 @@ def attend(
     logits: mx.array | None = None,
     backend: str,
 ) -> mx.array:
-    """Scaled dot-product attention over stored rows, in one dispatch for a short cache and in two for a long one.
+    """Scaled dot-product attention over rows that are read once: `Reader` says what it takes and gives."""
+    reader = Reader(keys, values, block=block, balance=balance, backend=backend)
+    return reader(queries, keys.tail, values.tail, lengths, scale=scale, mask=mask, causal=causal, logits=logits)
+
+
+class Reader:
+    """Scaled dot-product attention over the stored rows of a layer, what is the same in every step being done once.
+
+    A step takes one dispatch for a short cache and two for a long one, whose scratch memory is
+    B * H * L * splits * (D + 2) float32, splits at most 512.
 
     Args:
-        queries: (B, H, L, D), L at most 8.
-        keys, values: see `StoredSide`; `why_not` must have no objection.
-        lengths: for each sequence, valid rows of sinks, packed rows and tail.
-        scale: factor of the scores.
+        keys, values: see `StoredSide`; `why_not` must have no objection. Their tails are given in each call.
         block: tokens per centre.
-        balance: (B, Hkv, D) float32, what keys were multiplied with.
-        mask: (B or 1, H or 1, L or 1, tokens), boolean or added to the scores; -1e30 or less masks.
-        causal: query l of L sees tokens up to the sequence's length - L + l.
-        logits: (H,) attention-sink logits.
+        balance: (B, Hkv, D) float32, what keys were multiplied with; None for nothing.
         backend: "metal", "cuda", or another that has a builder.
-
-    Returns:
-        (B, H, L, D) in the dtype of queries. A row with no token to see is 0.
 
     Raises:
         ValueError: if keys have a projection and their rows another count of numbers than two.
-
-    Scratch memory of the second form: B * H * L * splits * (D + 2) float32, splits at most 512.
     """
-    k, v = keys.packed, values.packed
-    dtype = (k.codes if k.scales is None else k.scales).dtype
-    nothing, signs = _padding(dtype), keys.projection is not None
-    if signs and k.scales.shape[-1] != 2:
-        raise ValueError(
-            f"[attend] wanted a scale and a residual's length in each row of keys that keep signs, got "
-            f"{k.scales.shape[-1]} numbers. Quantize them with one scale for a row."
+
+    def __init__(self, keys: StoredSide, values: StoredSide, *, block: int, balance: mx.array | None, backend: str):
+        k, v, signs = keys.packed, values.packed, keys.projection is not None
+        if signs and k.scales.shape[-1] != 2:
+            raise ValueError(
+                f"[attend] wanted a scale and a residual's length in each row of keys that keep signs, got "
+                f"{k.scales.shape[-1]} numbers. Quantize them with one scale for a row."
+            )
+        self._dtype = (k.codes if k.scales is None else k.scales).dtype
+        self._nothing = nothing = _padding(self._dtype)
+        sinks = (nothing, nothing) if keys.sinks is None else (keys.sinks, values.sinks)
+        stored = (k.codes, k.scales, k.centers, v.codes, v.scales)
+        self._stored = (*(nothing if array is None else array for array in stored), *sinks)
+        self._balance = nothing if balance is None else balance
+        self._rotation, self._projection = keys.rotation or values.rotation, keys.projection
+        self._kind = _kind(
+            backend,
+            k.codes.shape,
+            sinks[0].shape[-2],
+            block,
+            self._dtype,
+            keys.bits,
+            values.bits,
+            1 if k.scales is None or signs else k.scales.shape[-1],
+            1 if v.scales is None else v.scales.shape[-1],
+            k.centers is not None,
+            balance is not None,
+            signs,
         )
-    if mask is not None and mask.size < 8:
-        mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 8)])
-    sink_k, sink_v = (nothing, nothing) if keys.sinks is None else (keys.sinks, values.sinks)
-    tail_k, tail_v = (nothing, nothing) if keys.tail is None else (keys.tail, values.tail)
-    run, sizes = _prepare(
-        backend,
-        queries.shape,
-        k.codes.shape,
-        tail_k.shape[-2],
-        sink_k.shape[-2],
-        lengths,
-        block,
-        dtype,
-        keys.bits,
-        values.bits,
-        1 if k.scales is None or signs else k.scales.shape[-1],
-        1 if v.scales is None else v.scales.shape[-1],
-        k.centers is not None,
-        balance is not None,
-        None if mask is None else (mask.dtype, mask.shape),
-        causal,
-        logits is not None,
-        signs,
-    )
-    asked = queries.dtype
-    inputs = [
-        queries if asked == dtype else queries.astype(dtype),
-        k.codes,
-        nothing if k.scales is None else k.scales,
-        nothing if k.centers is None else k.centers,
-        v.codes,
-        nothing if v.scales is None else v.scales,
-        sink_k,
-        sink_v,
-        tail_k,
-        tail_v,
-        nothing if balance is None else balance,
-        _table(keys.rotation or values.rotation, scale),
-        sizes,
-    ]
-    out = run(*inputs, *(array for array in (mask, logits, keys.projection) if array is not None))
-    return out if asked == dtype else out.astype(asked)
+
+    def __call__(
+        self,
+        queries: mx.array,
+        tail_k: mx.array | None,
+        tail_v: mx.array | None,
+        lengths: tuple[tuple[int, int, int], ...],
+        *,
+        scale: float,
+        mask: mx.array | None = None,
+        causal: bool = False,
+        logits: mx.array | None = None,
+    ) -> mx.array:
+        """Attend.
+
+        Args:
+            queries: (B, H, L, D), L at most 8.
+            tail_k, tail_v: newest rows (B, Hkv, tcap, D) in buffers with spare room, or None.
+            lengths: for each sequence, valid rows of sinks, packed rows and tail.
+            scale: factor of the scores.
+            mask: (B or 1, H or 1, L or 1, tokens), boolean or added to the scores; -1e30 or less masks.
+            causal: query l of L sees tokens up to the sequence's length - L + l.
+            logits: (H,) attention-sink logits.
+
+        Returns:
+            (B, H, L, D) in the dtype of queries. A row with no token to see is 0.
+        """
+        if tail_k is None:
+            tail_k = tail_v = self._nothing
+        kind = None if mask is None else (mask.dtype, mask.shape)
+        if mask is not None and mask.size < 8:
+            mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 8)])
+        room = tail_k.shape[-2]
+        run, sizes = _prepare(self._kind, queries.shape, room, lengths, kind, causal, logits is not None)
+        asked, dtype = queries.dtype, self._dtype
+        table = _table(self._rotation, scale)
+        rest = [array for array in (mask, logits, self._projection) if array is not None]
+        q = queries if asked == dtype else queries.astype(dtype)
+        out = run(q, *self._stored, tail_k, tail_v, self._balance, table, sizes, *rest)
+        return out if asked == dtype else out.astype(asked)
+
+
+@dataclass(frozen=True, eq=False)  # equal ones are one and the same, see `_kind`: a step then hashes no fields
+class _Kind:
+    """What stays the same while rows are stored in the same buffers."""
+
+    backend: str
+    codes: tuple[int, ...]
+    sink_room: int
+    block: int
+    dtype: mx.Dtype
+    key_bits: int
+    value_bits: int
+    key_groups: int
+    value_groups: int
+    center: bool
+    balance: bool
+    signs: bool
 
 
 @lru_cache(maxsize=1024)
-def _prepare(backend, queries, codes, tail_room, sink_room, lengths, block, dtype, *rest):
+def _kind(*fields: Any) -> _Kind:
+    return _Kind(*fields)
+
+
+@lru_cache(maxsize=1024)
+def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits):
     """The call and its `sizes`; the layers of a model share it in each step, and Python time counts in short caches."""
-    key_bits, value_bits, key_groups, value_groups, center, balance, mask, causal, logits, signs = rest
     B, H, L, D = queries
     shape = Shape(
-        *(backend, B, H, L, D, codes[1], block, dtype, key_bits, value_bits, key_groups, value_groups),
-        *(center, balance, 0 if mask is None else 1 if mask[0] == mx.bool_ else 2, causal and L > 1),
-        *(logits, signs),
+        *(kind.backend, B, H, L, D, kind.codes[1], kind.block, kind.dtype, kind.key_bits, kind.value_bits),
+        *(kind.key_groups, kind.value_groups, kind.center, kind.balance),
+        *(0 if mask is None else 1 if mask[0] == mx.bool_ else 2, causal and L > 1, logits, kind.signs),
     )
     plan = plan_of(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
-    sizes = (codes[2], tail_room, sink_room, plan.splits, plan.raw_splits)
+    sizes = (kind.codes[2], tail_room, kind.sink_room, plan.splits, plan.raw_splits)
     strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
-    return _runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
+    return runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
 
 
 def forget_calls() -> None:
     """Prepare calls anew: after the rules of attend_plan.py were changed."""
     _prepare.cache_clear()
-
-
-@lru_cache(maxsize=256)
-def _runner(shape: Shape, plan: Plan):
-    """The calls as one function of the input arrays."""
-    B, H, L, D = shape[1:5]
-    rows, splits = B * H * L, plan.splits + plan.raw_splits
-    common = [("D", D), ("L", L), ("VB", shape.value_bits), ("LOGITS", shape.logits)]
-    template = [
-        *(("T", shape.dtype), ("O", shape.dtype if plan.single else mx.float32), *common),
-        *(("HKV", shape.Hkv), ("G", H // shape.Hkv), ("BLOCK", shape.block), ("KB", shape.key_bits)),
-        *(("KG", shape.key_groups), ("VG", shape.value_groups), ("SIGNS", shape.signs), ("CENTER", shape.center)),
-        *(("BALANCE", shape.balance), ("MASK", shape.mask), ("CAUSAL", shape.causal), ("SINGLE", plan.single)),
-        *(("RC", plan.rows), ("KD", plan.key_elements), ("VD", 8), ("NSG", plan.simdgroups)),
-    ]
-    if plan.resident:
-        template.append(("RESIDENT", plan.resident))
-    if plan.tensor_cores:
-        # Tables of 2, 3, 4 and 8 bits have so many entries of 256 bytes; sums take the same room afterwards.
-        entries = {0: 0, 2: 16, 3: 256, 4: 256, 8: 256}
-        longest = max(entries[shape.key_bits], entries[shape.value_bits])
-        template.append(("SHARED_BYTES", max(256 * longest, 4 * plan.simdgroups * 8 * D)))
-    attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
-        shape.backend,
-        template=template,
-        groups=(1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B),
-        threads=32 * plan.simdgroups,
-        output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
-        output_dtypes=[shape.dtype if plan.single else mx.float32],
-    )
-    # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more. A
-    # mask grows with every token, and a graph would be compiled for each.
-    gpu = shape.backend in BACKENDS
-    compiled = mx.compile if gpu and not shape.mask else lambda function: function
-
-    def optional(inputs: tuple[mx.array, ...]) -> list[mx.array]:
-        """Mask, sink logits and sketch, of the last inputs where there are any; else what is not read."""
-        rest = list(inputs[13:])
-        out = [rest.pop(0) if wanted else inputs[11] for wanted in (shape.mask > 0, shape.logits, shape.signs)]
-        if shape.signs:
-            out[2] = _sketch(inputs[0], inputs[10] if shape.balance else None, out[2])
-        return out
-
-    if plan.single:
-        return compiled(lambda *inputs: attend_rows([*inputs[:13], *optional(inputs)])[0])
-    merge = _MERGE.prepare(
-        shape.backend,
-        template=[("T", shape.dtype), *common, ("H", H), ("SPLITS", splits), ("RAW", plan.raw_splits), ("NSG", 8)],
-        groups=(rows, 1, 1),
-        threads=256,
-        output_shapes=[(B, H, L, D)],
-        output_dtypes=[shape.dtype],
-    )
-
-    def run(*inputs: mx.array) -> mx.array:
-        mask, logits, sketch = optional(inputs)
-        (sums,) = attend_rows([*inputs[:13], mask, logits, sketch])
-        assert sums.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
-        return merge([sums, logits, inputs[11]])[0]
-
-    return compiled(run)
-
-
-def _sketch(queries: mx.array, balance: mx.array | None, projection: mx.array) -> mx.array:
-    """(B, H, L, D) float32: queries as balanced keys want them, times the projection; not yet times the scale."""
-    B, H, L, D = queries.shape
-    x = queries.astype(mx.float32)
-    if balance is not None:
-        Hkv = balance.shape[1]
-        x = (x.reshape(B, Hkv, H // Hkv, L, D) / balance[:, :, None, None]).reshape(B, H, L, D)
-    return x @ projection.T
 
 
 def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:

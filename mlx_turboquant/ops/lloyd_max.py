@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_turboquant import codebook
-from mlx_turboquant.packing import pack_codes, unpack_codes
+from mlx_turboquant.ops.lookup import Codebook, Prepared
+from mlx_turboquant.packing import pack_codes
 from mlx_turboquant.tensor import PackedTensor
 
 # How many scalings are tried unless a call says otherwise.
@@ -36,8 +37,8 @@ _STEPS = 256
 
 
 @cache
-def _centroids(bits: int) -> mx.array:
-    return mx.array(codebook.gaussian(bits))
+def _codebook(bits: int) -> Codebook:
+    return Codebook(codebook.gaussian(bits), bits)
 
 
 @cache
@@ -103,7 +104,6 @@ def quantize(x: mx.array, bits: int, group: int, dtype: mx.Dtype, scalings: int 
         ValueError: for other numbers of scalings.
     """
     *lead, D = x.shape
-    centroids = _centroids(bits)
     groups = x.reshape(*lead, D // group, group)
     # Squares of what a float32 holds may overflow or vanish; squares of what lies in [-1, 1] do not.
     largest = mx.abs(groups).max(axis=-1, keepdims=True)
@@ -114,7 +114,7 @@ def quantize(x: mx.array, bits: int, group: int, dtype: mx.Dtype, scalings: int 
     for a, b in _pairs(bits, scalings):
         factor = a + b * rms  # the largest entry of `unit` is 1 / rms
         tried = _cells(unit * factor, bits)
-        chosen = centroids[tried]
+        chosen = _codebook(bits).look_up(tried)
         if bits == 8:  # comes so near that float32 cosines cannot tell which is nearer
             fit = -mx.square(unit * factor - chosen).sum(axis=-1, keepdims=True) / mx.square(factor)
         else:
@@ -124,7 +124,7 @@ def quantize(x: mx.array, bits: int, group: int, dtype: mx.Dtype, scalings: int 
         else:
             codes = mx.where(fit > best, tried, codes)
             best = mx.maximum(fit, best)
-    chosen = centroids[codes]
+    chosen = _codebook(bits).look_up(codes)
     matched = mx.sqrt(group / (chosen * chosen).sum(axis=-1, keepdims=True))
     scales = mx.minimum(largest * rms * matched, mx.finfo(dtype).max)
     return PackedTensor(pack_codes(codes.reshape(x.shape), bits), scales[..., 0].astype(dtype))
@@ -132,7 +132,29 @@ def quantize(x: mx.array, bits: int, group: int, dtype: mx.Dtype, scalings: int 
 
 def dequantize(packed: PackedTensor, bits: int, dim: int) -> mx.array:
     """The (B, Hkv, T, dim) float32 rows that the codes and scales of `quantize` stand for."""
-    values = _centroids(bits)[unpack_codes(packed.codes, bits, dim)]
+    values = _codebook(bits).rows(packed.codes, dim)
     groups = packed.scales.shape[-1]
     values = values.reshape(*values.shape[:-1], groups, dim // groups)
     return (values * packed.scales[..., None].astype(mx.float32)).reshape(*packed.codes.shape[:-1], dim)
+
+
+def prepare(x: mx.array, bits: int) -> Prepared:
+    """Vectors x (B, Hkv, R, D) float32, finite, as `products` wants them."""
+    return _codebook(bits).prepare(x)
+
+
+def products(prepared: Prepared, packed: PackedTensor, bits: int) -> mx.array:
+    """Inner products (B, Hkv, R, T) float32 of R prepared vectors with T rows of `quantize`."""
+    vectors = prepared.vectors
+    if packed.scales.shape[-1] > 1:
+        return vectors @ dequantize(packed, bits, vectors.shape[-1]).swapaxes(-1, -2)
+    # One scale per row is taken with the products, which are fewer than the row's elements.
+    return _codebook(bits).products(prepared, packed.codes) * packed.scales.astype(mx.float32).swapaxes(-1, -2)
+
+
+def weighted_sum(weights: mx.array, packed: PackedTensor, bits: int, dim: int) -> mx.array:
+    """weights (B, Hkv, R, T) float32 times T rows of `quantize`: (B, Hkv, R, dim) float32."""
+    if packed.scales.shape[-1] > 1:
+        return weights @ dequantize(packed, bits, dim)
+    weights = weights * packed.scales.astype(mx.float32).swapaxes(-1, -2)
+    return weights @ _codebook(bits).rows(packed.codes, dim)

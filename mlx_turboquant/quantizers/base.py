@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_turboquant.ops.survey import Survey, survey
 from mlx_turboquant.tensor import PackedTensor
 
 Learned = tuple[mx.array, ...]
@@ -47,13 +48,18 @@ class Quantizer:
     queries_wanted: str = ""
     fused: Fused | str
 
-    def fit(self, rows: mx.array, queries: mx.array | None) -> None:
+    def look(self, rows: mx.array, start: int, stop: int, block: int, learning: bool) -> Survey:
+        """Which of a buffer's rows from start to stop are bad, and what `fit` wants to know of them, if it is next."""
+        return survey(rows, start, stop, block=block)
+
+    def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt.
 
         Args:
             rows: (B, Hkv, T, D), whole blocks.
             queries: sums over the prompt's queries that read a head, (B, Hkv, D) or (B, Hkv, D, D) float32 as
                 `queries_wanted`; None if none were seen.
+            squares: what `look` gave of these rows, if it was asked.
         """
 
     def learned_layout(self, B: int, H: int) -> tuple[tuple[tuple[int, ...], mx.Dtype], ...]:

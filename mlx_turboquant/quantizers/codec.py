@@ -59,6 +59,18 @@ class Codec:
         """The vectors y (B, Hkv, T, E) float32 of packed rows, whole blocks."""
         raise NotImplementedError
 
+    def prepare(self, x: mx.array, learned: Learned) -> Any:
+        """What `products` needs of x = A q (B, Hkv, R, E) float32; made once per step."""
+        return x
+
+    def products(self, prepared: Any, packed: PackedTensor, learned: Learned) -> mx.array:
+        """Inner products (B, Hkv, R, T) float32 of prepared x with the vectors y of packed rows."""
+        return prepared @ self.dequantize(packed, learned).swapaxes(-1, -2)
+
+    def weighted_sum(self, weights: mx.array, packed: PackedTensor, learned: Learned) -> mx.array:
+        """weights (B, Hkv, R, T) float32 times the vectors y of packed rows: (B, Hkv, R, E) float32."""
+        return weights @ self.dequantize(packed, learned)
+
     def transform(self, x: mx.array, learned: Learned) -> mx.array:
         """A x for x (B, Hkv, R, D) float32: (B, Hkv, R, E)."""
         return x

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_turboquant.conditioning import balance_factors, block_centers, finite_or_zero, subtract_centers
 from mlx_turboquant.ops.encode import in_pieces
+from mlx_turboquant.ops.survey import Survey, survey
 from mlx_turboquant.quantizers.base import KeyQuantizer, ValueQuantizer
 from mlx_turboquant.quantizers.codec import Codec
 from mlx_turboquant.tensor import PackedTensor
@@ -41,16 +42,20 @@ class CodedKeys(KeyQuantizer):
         balance = (((B, H, self.dim), mx.float32),) if self.balanced else ()
         return (*balance, *self.codec.learned_layout(B, H))
 
-    def fit(self, rows: mx.array, queries: mx.array | None) -> None:
+    def look(self, rows: mx.array, start: int, stop: int, block: int, learning: bool) -> Survey:
+        """Squares of centred keys, for the balance; and which rows are bad."""
+        return survey(rows, start, stop, block=block, center=self.center, squares=learning and self.balanced)
+
+    def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's keys (B, Hkv, T, D) and the sums over its queries; a balance of 1 without them."""
         keys = subtract_centers(rows, self._centers(rows))
         moments = queries if self.queries_wanted == "moments" else None
         balance = ()
         if self.balanced:
-            squares = queries
-            if moments is not None:
-                squares = mx.diagonal(moments, axis1=-2, axis2=-1)
-            factors = mx.ones((*keys.shape[:2], self.dim)) if queries is None else balance_factors(squares, keys)
+            asked = queries if moments is None else mx.diagonal(moments, axis1=-2, axis2=-1)
+            if squares is None:
+                squares = mx.square(keys).sum(axis=2)
+            factors = mx.ones((*keys.shape[:2], self.dim)) if queries is None else balance_factors(asked, squares)
             keys, balance = keys * factors[:, :, None], (factors,)
             if moments is not None:  # a query meets the balanced keys divided by it
                 moments = moments / (factors[..., None] * factors[:, :, None])
@@ -80,16 +85,16 @@ class CodedKeys(KeyQuantizer):
         centers = (B, H, T // self.block, columns) if columns else None
         return shapes._replace(centers=centers), dtypes._replace(centers=self.dtype)
 
-    def prepare(self, queries: mx.array) -> tuple[mx.array, mx.array]:
+    def prepare(self, queries: mx.array) -> tuple[Any, mx.array]:
         """Queries (B, Hkv, R, D) float32 as `scores` wants them: transformed, and as they were (for the centres)."""
         balanced = queries if self.balance is None else queries / self.balance[:, :, None]
-        return self.codec.transform(balanced, self._codecs), queries
+        return self.codec.prepare(self.codec.transform(balanced, self._codecs), self._codecs), queries
 
-    def scores(self, prepared: tuple[mx.array, mx.array], packed: PackedTensor) -> mx.array:
+    def scores(self, prepared: tuple[Any, mx.array], packed: PackedTensor) -> mx.array:
         """Inner products of prepared queries with encoded keys: (B, Hkv, R, T) float32."""
         transformed, plain = prepared
         centers, stored = self._parts(packed)
-        scores = transformed @ self.codec.dequantize(stored, self._codecs).swapaxes(-1, -2)
+        scores = self.codec.products(transformed, stored, self._codecs)
         if centers is None:
             return scores
         offsets = plain @ centers.astype(mx.float32).swapaxes(-1, -2)
@@ -133,7 +138,7 @@ class CodedValues(ValueQuantizer):
         """Shape and dtype of what the codec learns."""
         return self.codec.learned_layout(B, H)
 
-    def fit(self, rows: mx.array, queries: mx.array | None) -> None:
+    def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's values (B, Hkv, T, D)."""
         self.learned = self.codec.fit(finite_or_zero(rows), None)
 
@@ -154,7 +159,7 @@ class CodedValues(ValueQuantizer):
 
     def weighted_sum(self, weights: mx.array, packed: PackedTensor) -> mx.array:
         """weights (B, Hkv, R, T) float32 times the encoded values, as they are stored: (B, Hkv, R, E) float32."""
-        return weights @ self.codec.dequantize(packed, self.learned)
+        return self.codec.weighted_sum(weights, packed, self.learned)
 
     def finish(self, total: mx.array) -> mx.array:
         """Take a sum of `weighted_sum` results back."""

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_turboquant.ops import lloyd_max
+from mlx_turboquant.ops.lookup import Prepared
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.quantizers.base import Learned
 from mlx_turboquant.quantizers.channels import back_in_place, in_order, strongest_first
@@ -87,12 +88,23 @@ class MixedCodec(Codec):
 
     def dequantize(self, packed: PackedTensor, learned: Learned) -> mx.array:
         """The rows (B, Hkv, T, D) float32, still in the order and rotated as `transform` makes them."""
-        codes = mx.split(packed.codes, [words_per_row(self.half, self.widths[0])], axis=-1)
-        scales = mx.split(packed.scales, 2, axis=-1)
-        halves = [
-            lloyd_max.dequantize(PackedTensor(*part), width, self.half)
-            for *part, width in zip(codes, scales, self.widths, strict=True)
-        ]
+        halves = [lloyd_max.dequantize(half, width, self.half) for half, width in self._halves(packed)]
+        return mx.concatenate(halves, axis=-1)
+
+    def prepare(self, x: mx.array, learned: Learned) -> tuple[Prepared, ...]:
+        """Both halves of x (B, Hkv, R, D), with tables where they pay."""
+        halves = zip(mx.split(x, 2, axis=-1), self.widths, strict=True)
+        return tuple(lloyd_max.prepare(half, width) for half, width in halves)
+
+    def products(self, prepared: tuple[Prepared, ...], packed: PackedTensor, learned: Learned) -> mx.array:
+        """Inner products (B, Hkv, R, T) float32 with what `dequantize` gives."""
+        halves = zip(prepared, self._halves(packed), strict=True)
+        first, second = (lloyd_max.products(x, half, width) for x, (half, width) in halves)
+        return first + second
+
+    def weighted_sum(self, weights: mx.array, packed: PackedTensor, learned: Learned) -> mx.array:
+        """weights (B, Hkv, R, T) float32 times what `dequantize` gives."""
+        halves = [lloyd_max.weighted_sum(weights, half, width, self.half) for half, width in self._halves(packed)]
         return mx.concatenate(halves, axis=-1)
 
     def transform(self, x: mx.array, learned: Learned) -> mx.array:
@@ -111,3 +123,9 @@ class MixedCodec(Codec):
         words = sum(words_per_row(self.half, width) for width in self.widths)
         shapes = PackedTensor((B, H, T, words), (B, H, T, self.dim // self.group))
         return shapes, PackedTensor(mx.uint32, self.dtype)
+
+    def _halves(self, packed: PackedTensor) -> list[tuple[PackedTensor, int]]:
+        """Each half as `lloyd_max.quantize` made it, and the bits of its codes."""
+        codes = mx.split(packed.codes, [words_per_row(self.half, self.widths[0])], axis=-1)
+        scales = mx.split(packed.scales, 2, axis=-1)
+        return [(PackedTensor(*part), width) for *part, width in zip(codes, scales, self.widths, strict=True)]

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_turboquant.ops import lloyd_max
+from mlx_turboquant.ops.lookup import Prepared
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.quantizers.base import Learned
 from mlx_turboquant.quantizers.channels import back_in_place, in_order, strongest_first
@@ -76,9 +77,22 @@ class OutlierCodec(Codec):
 
     def dequantize(self, packed: PackedTensor, learned: Learned) -> mx.array:
         """The vectors (B, Hkv, T, D) float32: kept channels, then the others rotated."""
-        coded = packed._replace(scales=packed.scales[..., :1])
-        rest = lloyd_max.dequantize(coded, self.bits, self.coded)
-        return mx.concatenate([packed.scales[..., 1:].astype(mx.float32), rest], axis=-1)
+        kept, coded = self._parts(packed)
+        return mx.concatenate([kept, lloyd_max.dequantize(coded, self.bits, self.coded)], axis=-1)
+
+    def prepare(self, x: mx.array, learned: Learned) -> tuple[mx.array, Prepared]:
+        """What meets the kept channels, and what meets the codes, of x (B, Hkv, R, D)."""
+        return x[..., : self.kept], lloyd_max.prepare(x[..., self.kept :], self.bits)
+
+    def products(self, prepared: tuple[mx.array, Prepared], packed: PackedTensor, learned: Learned) -> mx.array:
+        """Inner products (B, Hkv, R, T) float32 with what `dequantize` gives."""
+        kept, coded = self._parts(packed)
+        return prepared[0] @ kept.swapaxes(-1, -2) + lloyd_max.products(prepared[1], coded, self.bits)
+
+    def weighted_sum(self, weights: mx.array, packed: PackedTensor, learned: Learned) -> mx.array:
+        """weights (B, Hkv, R, T) float32 times what `dequantize` gives."""
+        kept, coded = self._parts(packed)
+        return mx.concatenate([weights @ kept, lloyd_max.weighted_sum(weights, coded, self.bits, self.coded)], axis=-1)
 
     def transform(self, x: mx.array, learned: Learned) -> mx.array:
         """The kept channels of x (B, Hkv, R, D) float32, then the others rotated."""
@@ -93,6 +107,10 @@ class OutlierCodec(Codec):
         """The shapes and the dtypes of `quantize`'s result."""
         shapes = PackedTensor((B, H, T, words_per_row(self.coded, self.bits)), (B, H, T, 1 + self.kept))
         return shapes, PackedTensor(mx.uint32, self.dtype)
+
+    def _parts(self, packed: PackedTensor) -> tuple[mx.array, PackedTensor]:
+        """The kept channels (B, Hkv, T, kept) float32, and what `lloyd_max.quantize` made of the others."""
+        return packed.scales[..., 1:].astype(mx.float32), packed._replace(scales=packed.scales[..., :1])
 
     def _split(self, x: mx.array, learned: Learned) -> list[mx.array]:
         gathered = in_order(x, learned[0])

@@ -13,14 +13,15 @@ That is 0.184 and 0.0504 / D at 3 and 4 bits, where Lloyd-Max codes of as many b
 have a squared error of 0.032 and 0.0080 / D (Gaussian rows, D = 128, 32 seeds).
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_turboquant.ops import lloyd_max
-from mlx_turboquant.packing import pack_codes, unpack_codes, words_per_row
+from mlx_turboquant.ops.lookup import Codebook, Prepared
+from mlx_turboquant.packing import pack_codes, words_per_row
 from mlx_turboquant.quantizers.base import Fused, Learned
 from mlx_turboquant.quantizers.codec import Codec
 from mlx_turboquant.rotation import make_rotation
@@ -29,6 +30,11 @@ from mlx_turboquant.tensor import PackedTensor
 BITS = (3, 4)
 # Beside the scheme's seed: the rotation is drawn from the seed alone, and S must not depend on it.
 _STREAM = 1
+
+
+@cache
+def _signs() -> Codebook:
+    return Codebook(np.array([-1, 1]), 1)
 
 
 class Projection:
@@ -120,11 +126,20 @@ class QjlKeys(Codec):
 
     def dequantize(self, packed: PackedTensor, learned: Learned) -> mx.array:
         """The vectors [y', t sign(S r)] (B, Hkv, T, 2 D) float32 of packed rows."""
-        words = words_per_row(self.dim, self.code_bits)
-        coded = PackedTensor(packed.codes[..., :words], packed.scales[..., :1])
-        signs = 2 * unpack_codes(packed.codes[..., words:], 1, self.dim).astype(mx.float32) - 1
-        t = packed.scales[..., 1:].astype(mx.float32)
-        return mx.concatenate([lloyd_max.dequantize(coded, self.code_bits, self.dim), signs * t], axis=-1)
+        coded, signs, t = self._parts(packed)
+        rows = lloyd_max.dequantize(coded, self.code_bits, self.dim)
+        return mx.concatenate([rows, _signs().rows(signs, self.dim) * t], axis=-1)
+
+    def prepare(self, x: mx.array, learned: Learned) -> tuple[Prepared, Prepared]:
+        """Both halves of x = [R q, S R q] (B, Hkv, R, 2 D), with tables where they pay."""
+        turned, projected = mx.split(x, 2, axis=-1)
+        return lloyd_max.prepare(turned, self.code_bits), _signs().prepare(projected)
+
+    def products(self, prepared: tuple[Prepared, Prepared], packed: PackedTensor, learned: Learned) -> mx.array:
+        """The estimates (B, Hkv, R, T) float32."""
+        coded, signs, t = self._parts(packed)
+        of_signs = _signs().products(prepared[1], signs) * t.swapaxes(-1, -2)
+        return lloyd_max.products(prepared[0], coded, self.code_bits) + of_signs
 
     def transform(self, x: mx.array, learned: Learned) -> mx.array:
         """[R x, S R x] for x (B, Hkv, R, D) float32: (B, Hkv, R, 2 D)."""
@@ -138,3 +153,9 @@ class QjlKeys(Codec):
         """The shapes and the dtypes of `quantize`'s result for T rows."""
         words = words_per_row(self.dim, self.code_bits) + words_per_row(self.dim, 1)
         return PackedTensor((B, H, T, words), (B, H, T, 2)), PackedTensor(mx.uint32, self.dtype)
+
+    def _parts(self, packed: PackedTensor) -> tuple[PackedTensor, mx.array, mx.array]:
+        """What `lloyd_max.quantize` made, the words of the signs, and t (B, Hkv, T, 1) float32."""
+        words = words_per_row(self.dim, self.code_bits)
+        coded = PackedTensor(packed.codes[..., :words], packed.scales[..., :1])
+        return coded, packed.codes[..., words:], packed.scales[..., 1:].astype(mx.float32)

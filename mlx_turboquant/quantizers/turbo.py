@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.dequantize import dequantize
 from mlx_turboquant.ops.encode import encode
+from mlx_turboquant.ops.lookup import Prepared
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.quantizers.base import Fused, Learned
 from mlx_turboquant.quantizers.codec import Codec
@@ -44,6 +45,18 @@ class TurboCodec(Codec):
     def dequantize(self, packed: PackedTensor, learned: Learned) -> mx.array:
         """The rotated rows (B, Hkv, T, D) float32."""
         return lloyd_max.dequantize(packed, self.bits, self.dim)
+
+    def prepare(self, x: mx.array, learned: Learned) -> Prepared:
+        """Rotated queries (B, Hkv, R, D), with tables where they pay."""
+        return lloyd_max.prepare(x, self.bits)
+
+    def products(self, prepared: Prepared, packed: PackedTensor, learned: Learned) -> mx.array:
+        """Inner products (B, Hkv, R, T) float32 with the rotated rows."""
+        return lloyd_max.products(prepared, packed, self.bits)
+
+    def weighted_sum(self, weights: mx.array, packed: PackedTensor, learned: Learned) -> mx.array:
+        """weights (B, Hkv, R, T) float32 times the rotated rows."""
+        return lloyd_max.weighted_sum(weights, packed, self.bits, self.dim)
 
     def transform(self, x: mx.array, learned: Learned) -> mx.array:
         """Rotate (B, Hkv, R, D)."""

@@ -136,28 +136,30 @@ class DequantizeCase(_RowCase):
 
 @dataclass(frozen=True)
 class ScoreCase:
-    """One call of `ops.score.score` over random codes.
+    """One call of `ops.score.score` over random codes, or over the trellis codes of random rows.
 
     Attributes:
         bits: of a code.
         dim: elements of a row and of a query.
         m: queries.
         n: rows.
+        encoded: whether the codes are made by `ops.trellis.encode` first; bits are 2.
     """
 
     bits: int = 4
     dim: int = 384
     m: int = 3
     n: int = 257
+    encoded: bool = False
 
     operation = "score"
 
     def kernels(self, backend: str) -> tuple[str, ...]:
         """The kernels that it runs."""
-        return () if backend == "reference" else ("score",)
+        return () if backend == "reference" else ("trellis", "score") if self.encoded else ("score",)
 
     def __str__(self) -> str:
-        return f"{self.bits} bits dim {self.dim}, {self.m} queries, {self.n} rows"
+        return f"{self.bits} bits dim {self.dim}, {self.m} queries, {self.n} {'encoded ' * self.encoded}rows"
 
 
 Case = AttendCase | EncodeCase | DequantizeCase | ScoreCase
@@ -185,7 +187,7 @@ def quick() -> list[Case]:
         DequantizeCase(),
         DequantizeCase(3, D=96, dtype="bfloat16", group=16, center=False, balance=False),
         ScoreCase(),
-        ScoreCase(2, dim=100, m=1, n=300),
+        ScoreCase(2, dim=100, m=1, n=300, encoded=True),
     ]
 
 
@@ -279,4 +281,6 @@ def _scores() -> list[ScoreCase]:
         *(ScoreCase(b, m=m, n=n) for b, (m, n) in product(bits, ((1, 31), (9, 1000)))),
         *(ScoreCase(b, dim=128, m=m, n=n) for b, (m, n) in product(bits, MANY_SCORES)),
         *(ScoreCase(b, dim=72, m=m, n=n) for b, (m, n) in product(bits, MANY_SCORES[-1:])),
+        *(ScoreCase(2, dim=dim, n=n, encoded=True) for dim, n in product((1, 16, 75, 384, 1536), (1, 8, 1001))),
+        ScoreCase(2, dim=65536, n=9, encoded=True),
     ]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -9,6 +10,9 @@ import mlx.core as mx
 
 import mlx_turboquant
 from mlx_turboquant.ops.backend import VARIABLE, choose_backend
+
+COPIED = 1 << 27  # bytes of the array that is copied: more than any cache holds
+COPIES, REPEATS = 4, 6
 
 
 def describe(backend: str | None = None) -> dict[str, Any]:
@@ -18,7 +22,8 @@ def describe(backend: str | None = None) -> dict[str, Any]:
         backend: what was asked for, see `choose_backend`.
 
     Returns:
-        device, memory_gb, system, mlx_device, backend, reason (why that backend), versions.
+        device, memory_gb, system, mlx_device, backend, reason (why that backend), versions; and where MLX runs on a GPU
+        memory_gb_per_s, the 10^9 bytes that a copy there reads and writes together.
 
     Raises:
         ValueError: for an unknown backend, or one that this machine does not have.
@@ -39,16 +44,36 @@ def describe(backend: str | None = None) -> dict[str, Any]:
             "mlx-lm": version("mlx-lm"),
             "mlx_turboquant": mlx_turboquant.__version__,
         },
+        **({"memory_gb_per_s": round(copy_rate() / 1e9, 1)} if mx.default_device() == mx.gpu else {}),
     }
 
 
 def card(machine: dict[str, Any]) -> str:
     """What `describe` gives, in a few lines."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    memory = f"{machine['memory_gb']:g} GB"
+    if "memory_gb_per_s" in machine:
+        memory += f" ({machine['memory_gb_per_s']:g} GB/s copying)"
     return (
-        f"{machine['device']}, {machine['memory_gb']:g} GB, {machine['system']}, MLX on {machine['mlx_device']}\n"
+        f"{machine['device']}, {memory}, {machine['system']}, MLX on {machine['mlx_device']}\n"
         f"{versions}\nbackend: {machine['backend']} ({machine['reason']})"
     )
+
+
+def copy_rate() -> float:
+    """Bytes per second that copies of a large array read and write together on the default device: the best of six.
+
+    Times of attention are judged by it: what a cache's bytes take at this rate is the least that reading it can take.
+    """
+    x = mx.ones((COPIED // 2,), mx.float16)
+    mx.eval(x)
+    best = float("inf")
+    for _ in range(REPEATS):  # the first ones find the clock low and memory not yet mapped
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval([-x for _ in range(COPIES)])
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPIES * COPIED / best
 
 
 def _reason(asked: str | None) -> str:

@@ -8,6 +8,7 @@
     kernel.metal_source(**call)             # the text that MLX would compile
     typecheck([(kernel, call), ...])        # many at once
     prebuild([(kernel, call), ...])         # type-checks and compiles many, two at a time, before they run
+    instructions.count_loop(kernel.instance(**call), inputs)    # a loop's instructions by kind; nothing runs
 
 The options of a call (``check``, ``strict``, ``order``, ``seed``, ...) are described at ``metal_kernel``.
 

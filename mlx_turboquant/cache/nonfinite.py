@@ -1,0 +1,76 @@
+"""What a cache reports later: encoded tokens whose keys or values were NaN or infinite."""
+
+import threading
+import warnings
+
+import mlx.core as mx
+
+from mlx_turboquant.ops.survey import bad_tokens
+
+
+class _Glance:
+    """Whether anything that several layers encoded in one step is bad: one number to wait for instead of one for each.
+
+    Reading a number from a GPU takes 50 us or more, and the layers of a model encode in the same step.
+    """
+
+    def __init__(self) -> None:
+        self._any: mx.array | None = None
+        self._answer: bool | None = None
+        self._members: set[int] = set()
+
+    def takes(self, member: object) -> bool:
+        """Whether a layer may join: it was not read yet, and this is the layer's first encoding since it began."""
+        return self._answer is None and id(member) not in self._members
+
+    def join(self, member: object, bad: mx.array) -> mx.array:
+        """Add whether a layer's rows are bad; returns what says it for all layers so far."""
+        self._members.add(id(member))
+        self._any = bad if self._any is None else self._any | bad
+        return self._any
+
+    def found(self) -> bool:
+        """Whether any was bad; waits for it."""
+        if self._answer is None:
+            self._answer = self._any.item()
+        return self._answer
+
+
+_current = threading.local()  # an array is evaluated only in the thread that made it
+
+
+class NonfiniteReport:
+    """Counts encoded tokens with NaN or Inf and warns about them, without making a decode step wait for the count."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[_Glance, mx.array, mx.array]] = []
+        self._steps_left = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something that was not counted yet."""
+        return bool(self._seen)
+
+    def add(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Take note of `Survey.bad` of rows that are being encoded; what to evaluate with what is encoded."""
+        glance = getattr(_current, "glance", None)
+        if glance is None or not glance.takes(self):
+            glance = _current.glance = _Glance()
+        self._seen.append((glance, keys, values))
+        self._steps_left = 2  # by then it has been computed along with the step
+        return [keys, values, glance.join(self, keys.any() | values.any())]
+
+    def step(self, layer: int) -> None:
+        """Called once per update: warn if a count that is ready is not zero."""
+        self._steps_left -= 1
+        if not self._seen or self._steps_left >= 0:
+            return
+        seen, self._seen = self._seen, []
+        count = sum(bad_tokens(keys, values) for glance, keys, values in seen if glance.found())
+        if count:
+            warnings.warn(
+                f"[TurboQuantKVCache] layer {layer}: {count} tokens had NaN or Inf in their keys or values; those "
+                "entries were stored as their block's mean (keys) or 0 (values).",
+                RuntimeWarning,
+                stacklevel=4,
+            )

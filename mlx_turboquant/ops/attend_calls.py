@@ -1,0 +1,89 @@
+"""The kernels of attention as one function of a step's arrays, for each shape and plan."""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from mlx_turboquant.ops.attend_plan import MAX_SPLITS, Plan, Shape
+from mlx_turboquant.ops.backend import BACKENDS
+from mlx_turboquant.ops.kernel import Kernel
+
+_HEADERS = ("codebooks.h", "codes.h", "rotation.h")
+_INPUTS = (
+    *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
+    *("balance", "table", "sizes", "mask", "logits", "sketch"),
+)
+_ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
+_ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
+_MERGE = Kernel("attend_merge", ("sums", "logits", "table"), ("out",), ("rotation.h",))
+
+
+@lru_cache(maxsize=256)
+def runner(shape: Shape, plan: Plan):
+    """The calls as one function of the input arrays."""
+    B, H, L, D = shape[1:5]
+    rows, splits = B * H * L, plan.splits + plan.raw_splits
+    common = [("D", D), ("L", L), ("VB", shape.value_bits), ("LOGITS", shape.logits)]
+    template = [
+        *(("T", shape.dtype), ("O", shape.dtype if plan.single else mx.float32), *common),
+        *(("HKV", shape.Hkv), ("G", H // shape.Hkv), ("BLOCK", shape.block), ("KB", shape.key_bits)),
+        *(("KG", shape.key_groups), ("VG", shape.value_groups), ("SIGNS", shape.signs), ("CENTER", shape.center)),
+        *(("BALANCE", shape.balance), ("MASK", shape.mask), ("CAUSAL", shape.causal), ("SINGLE", plan.single)),
+        *(("RC", plan.rows), ("KD", plan.key_elements), ("VD", 8), ("NSG", plan.simdgroups)),
+    ]
+    if plan.resident:
+        template.append(("RESIDENT", plan.resident))
+    if plan.tensor_cores:
+        # Tables of 2, 3, 4 and 8 bits have so many entries of 256 bytes; sums take the same room afterwards.
+        entries = {0: 0, 2: 16, 3: 256, 4: 256, 8: 256}
+        longest = max(entries[shape.key_bits], entries[shape.value_bits])
+        template.append(("SHARED_BYTES", max(256 * longest, 4 * plan.simdgroups * 8 * D)))
+    attend_rows = (_ATTEND_MMA if plan.tensor_cores else _ATTEND).prepare(
+        shape.backend,
+        template=template,
+        groups=(1 if plan.single else splits, shape.Hkv * -(-(H // shape.Hkv * L) // plan.rows), B),
+        threads=32 * plan.simdgroups,
+        output_shapes=[(B, H, L, D) if plan.single else (rows, splits, D + 2)],
+        output_dtypes=[shape.dtype if plan.single else mx.float32],
+    )
+    # In a compiled graph MLX keeps the text and the name of a kernel; built anew at every call they take 10 us more. A
+    # mask grows with every token, and a graph would be compiled for each.
+    gpu = shape.backend in BACKENDS
+    compiled = mx.compile if gpu and not shape.mask else lambda function: function
+
+    def optional(inputs: tuple[mx.array, ...]) -> list[mx.array]:
+        """Mask, sink logits and sketch, of the last inputs where there are any; else what is not read."""
+        rest = list(inputs[13:])
+        out = [rest.pop(0) if wanted else inputs[11] for wanted in (shape.mask > 0, shape.logits, shape.signs)]
+        if shape.signs:
+            out[2] = _sketch(inputs[0], inputs[10] if shape.balance else None, out[2])
+        return out
+
+    if plan.single:
+        return compiled(lambda *inputs: attend_rows([*inputs[:13], *optional(inputs)])[0])
+    merge = _MERGE.prepare(
+        shape.backend,
+        template=[("T", shape.dtype), *common, ("H", H), ("SPLITS", splits), ("RAW", plan.raw_splits), ("NSG", 8)],
+        groups=(rows, 1, 1),
+        threads=256,
+        output_shapes=[(B, H, L, D)],
+        output_dtypes=[shape.dtype],
+    )
+
+    def run(*inputs: mx.array) -> mx.array:
+        mask, logits, sketch = optional(inputs)
+        (sums,) = attend_rows([*inputs[:13], mask, logits, sketch])
+        assert sums.size <= rows * MAX_SPLITS * (D + 2), "scratch is bounded"
+        return merge([sums, logits, inputs[11]])[0]
+
+    return compiled(run)
+
+
+def _sketch(queries: mx.array, balance: mx.array | None, projection: mx.array) -> mx.array:
+    """(B, H, L, D) float32: queries as balanced keys want them, times the projection; not yet times the scale."""
+    B, H, L, D = queries.shape
+    x = queries.astype(mx.float32)
+    if balance is not None:
+        Hkv = balance.shape[1]
+        x = (x.reshape(B, Hkv, H // Hkv, L, D) / balance[:, :, None, None]).reshape(B, H, L, D)
+    return x @ projection.T
