@@ -27,10 +27,10 @@
 // as its first 26 bits above the last 6 of the word before.
 template <int BITS> METAL_FUNC float element(uint even, uint odd, int i, float table, threadgroup const float* wide) {
   if (BITS == 1) { return as_type<float>(((even << ((31 - i) & 31)) & 0x80000000u) ^ as_type<uint>(table)); }
-  if (BITS == 3) { return centroid_of_lane(table, (i % 2 == 0 ? even : odd) >> (i / 2 * 4 & 31)); }
+  if (BITS == 3) { return centroid_of_bits<3>(table, i % 2 == 0 ? even : odd, i / 2 * 4 & 31); }
   if (BITS == 8) { return wide[(even >> (8 * i & 31)) & 255u]; }
   if (BITS == 2) { return wide[(i < 3 ? odd >> (2 * i & 31) : even >> ((2 * i - 6) & 31)) & 255u]; }
-  return centroid_of_lane(table, even >> (i * BITS & 31));
+  return centroid_of_bits<4>(table, even, i * 4 & 31);
 }
 
 // What a lane holds for `element`: of 1 bit the centroid of 0, whose sign the code turns; not used at 2 and 8 bits.

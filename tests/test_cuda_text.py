@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.ops import attend_calls, dequantize, encode, score, survey
+from mlx_turboquant.ops import attend_calls, dequantize, encode, score, survey, trellis
 from mlx_turboquant.ops import kernel as kernels
 from mlx_turboquant.ops.cuda_text import cuda_text, in_a_file
 
@@ -18,6 +18,8 @@ KERNELS = [
     encode._ENCODE,
     dequantize._DEQUANTIZE,
     score._SCORE,
+    survey._SURVEY,
+    trellis._TRELLIS,
 ]
 
 

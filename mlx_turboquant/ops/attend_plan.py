@@ -67,12 +67,12 @@ def plan_of(shape: Shape, packed: int, raw_tiles: int) -> Plan:
     D, tiles = shape.D, packed // TILE
     rows = shape.H // shape.Hkv * shape.L
     # A lane keeps its elements of all query rows in registers; with signs, those of their sketches too.
-    few_registers = shape.backend not in MANY_REGISTERS
-    most = 4 if D > 128 or shape.signs or few_registers else 8
+    most = 4 if D > 128 or shape.signs else 8
     per_group = min(most, 1 << (rows - 1).bit_length())
     # Eight rows of queries leave registers for 8 elements of a key in each lane, fewer rows for 16. Four with sketches
-    # take what eight take; of 256 elements the two threadgroups that fit have registers for 16 all the same. With 128
-    # registers four rows leave room for 8; of 256 elements too much is spilled either way, and 16 take fewer exchanges.
+    # take what eight take; of 256 elements the two threadgroups that fit have registers for 16 all the same. Of 128
+    # registers four rows leave room for 8; with 256 elements many are spilled either way.
+    few_registers = shape.backend not in MANY_REGISTERS
     crowded = per_group == 8 or (per_group == 4 and D <= 128 and (shape.signs or few_registers))
     key_elements = 8 if crowded or D // shape.key_groups < 16 else 16
     heads = shape.B * shape.Hkv * -(-rows // per_group)

@@ -1,6 +1,15 @@
 """Kernels against plain MLX: cases as data, one function that runs a case, and what was verified where."""
 
-from mlx_turboquant.verification.cases import AttendCase, Case, DequantizeCase, EncodeCase, ScoreCase, full, quick
+from mlx_turboquant.verification.cases import (
+    AttendCase,
+    Case,
+    DequantizeCase,
+    EncodeCase,
+    ScoreCase,
+    SurveyCase,
+    full,
+    quick,
+)
 from mlx_turboquant.verification.record import RECORD, Verified
 from mlx_turboquant.verification.runner import Result, run
 
@@ -12,6 +21,7 @@ __all__ = [
     "EncodeCase",
     "Result",
     "ScoreCase",
+    "SurveyCase",
     "Verified",
     "full",
     "quick",

@@ -135,6 +135,33 @@ class DequantizeCase(_RowCase):
 
 
 @dataclass(frozen=True)
+class SurveyCase:
+    """Three blocks of rows, looked at in a buffer that holds more; without `center` the last one is shorter.
+
+    Attributes:
+        D, dtype, block, center: as in `AttendCase`.
+        squares: whether they are summed.
+        nonfinite: whether some entries are NaN or infinite.
+    """
+
+    D: int = 128
+    dtype: str = "float16"
+    block: int = 64
+    center: bool = True
+    squares: bool = True
+    nonfinite: bool = True
+
+    operation = "survey"
+
+    def kernels(self, backend: str) -> tuple[str, ...]:
+        """The kernels that it runs."""
+        return () if backend == "reference" else (self.operation,)
+
+    def __str__(self) -> str:
+        return ", ".join([f"D{self.D} {self.dtype}", *_others(self, {"D", "dtype"})])
+
+
+@dataclass(frozen=True)
 class ScoreCase:
     """One call of `ops.score.score` over random codes, or over the trellis codes of random rows.
 
@@ -162,7 +189,7 @@ class ScoreCase:
         return f"{self.bits} bits dim {self.dim}, {self.m} queries, {self.n} {'encoded ' * self.encoded}rows"
 
 
-Case = AttendCase | EncodeCase | DequantizeCase | ScoreCase
+Case = AttendCase | EncodeCase | DequantizeCase | SurveyCase | ScoreCase
 
 
 def _others(case: Case, shown: set[str]) -> list[str]:
@@ -186,6 +213,7 @@ def quick() -> list[Case]:
         EncodeCase(3, D=96, dtype="bfloat16", group=16, center=False, balance=False),
         DequantizeCase(),
         DequantizeCase(3, D=96, dtype="bfloat16", group=16, center=False, balance=False),
+        SurveyCase(),
         ScoreCase(),
         ScoreCase(2, dim=100, m=1, n=300, encoded=True),
     ]
@@ -194,7 +222,9 @@ def quick() -> list[Case]:
 def full() -> list[Case]:
     """Every template combination that matters: each constant through its values, in both passes where it has them."""
     return list(
-        dict.fromkeys([*quick(), *_attend(), *_rows(EncodeCase), *_encode(), *_rows(DequantizeCase), *_scores()])
+        dict.fromkeys(
+            [*quick(), *_attend(), *_rows(EncodeCase), *_encode(), *_rows(DequantizeCase), *_surveys(), *_scores()]
+        )
     )
 
 
@@ -269,6 +299,15 @@ def _encode() -> list[EncodeCase]:
         *(EncodeCase(bits, dtype=dtype, nonfinite=True) for bits, dtype in product(BITS, DTYPES)),
         EncodeCase(nonfinite=True, center=False),
         EncodeCase(nonfinite=True, D=80, group=16),
+    ]
+
+
+def _surveys() -> list[SurveyCase]:
+    yes = (True, False)
+    return [
+        *(SurveyCase(D, dtype, center=c) for D, dtype, c in product((*HEAD_SIZES, 8, 240), DTYPES, yes)),
+        *(SurveyCase(block=block, center=c) for block, c in product((16, 32, 48, 128, 256), yes)),
+        *(SurveyCase(D, squares=False, nonfinite=bad) for D, bad in product(HEAD_SIZES, yes)),
     ]
 
 

@@ -10,9 +10,16 @@ from mlx_turboquant.verification.attend_check import AttendCheck
 from mlx_turboquant.verification.cases import Case
 from mlx_turboquant.verification.row_checks import DequantizeCheck, EncodeCheck
 from mlx_turboquant.verification.score_check import ScoreCheck
+from mlx_turboquant.verification.survey_check import SurveyCheck
 
 MOST_CHARACTERS = 1000  # of a failure: a compiler may say much more, and says the first error first
-_CHECKS = {"attend": AttendCheck, "encode": EncodeCheck, "dequantize": DequantizeCheck, "score": ScoreCheck}
+_CHECKS = {
+    "attend": AttendCheck,
+    "encode": EncodeCheck,
+    "dequantize": DequantizeCheck,
+    "survey": SurveyCheck,
+    "score": ScoreCheck,
+}
 
 
 @dataclass(frozen=True)
