@@ -79,6 +79,7 @@ METAL_FUNC int clamp(int x, int a, int b) { return min(max(x, a), b); }
 METAL_FUNC float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 METAL_FUNC float exp(float a) { return ::expf(a); }
 METAL_FUNC float exp2(float a) { return ::exp2f(a); }
+METAL_FUNC float log(float a) { return ::logf(a); }
 METAL_FUNC float sqrt(float a) { return ::sqrtf(a); }
 METAL_FUNC float rsqrt(float a) { return ::rsqrtf(a); }
 namespace fast {

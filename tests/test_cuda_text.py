@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.ops import attend_calls, dequantize, encode, score, survey, trellis
+from mlx_turboquant.ops import attend_calls, balance, dequantize, encode, score, survey, trellis
 from mlx_turboquant.ops import kernel as kernels
 from mlx_turboquant.ops.cuda_text import cuda_text, in_a_file
 
@@ -20,6 +20,7 @@ KERNELS = [
     score._SCORE,
     survey._SURVEY,
     trellis._TRELLIS,
+    balance._BALANCE,
 ]
 
 

@@ -25,8 +25,8 @@ ROOMS = [
     {"report", "prompt_cache_file", "generation"},
     {"reference_logits", "sizes", "evaluation"},
     {"planning"},
-    {"verification"},
-    {"cli", "generate", "cache_prompt", "chat", "server", "evaluate", "plan", "doctor", "__main__", "__init__"},
+    {"verification", "inspection"},
+    {"cli", "generate", "cache_prompt", "chat", "server", "evaluate", "plan", "doctor", "inspect", "__main__", "__init__"},
 ]
 RANK = {name: row for row, names in enumerate(ROOMS) for name in names}
 

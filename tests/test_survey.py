@@ -9,6 +9,7 @@ from row_cases import BACKENDS, DTYPES, EMULATOR, ORDERS, build_kernels
 
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.ops.survey import bad_tokens, survey
+from mlx_turboquant.verification import BalanceCase, full, run
 
 CASES = [
     dict(D=D, block=block, dtype=dtype, center=center)
@@ -101,6 +102,19 @@ def test_every_kind_of_kernel_type_checks_and_is_small(backend):
     assert all(found == [] for found in metal_emu.typecheck(calls))
     look(dict(D=256, block=256, dtype="float32", center=True), backend)
     assert kernel_emulator.KERNELS["survey"].counts["threadgroup_bytes"] <= 24576
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_the_balance_is_what_its_formula_says(backend):
+    cases = [case for case in full() if isinstance(case, BalanceCase)]
+    with kernel_emulator.options(check=True):
+        results = [run(case, backend) for case in cases]
+    assert len(results) == 10 and all(result.ok for result in results), results
+    if backend == "emulator":
+        with kernel_emulator.noting() as calls:
+            for case in cases:
+                run(case, backend)
+        assert len(calls) == 10 and all(found == [] for found in metal_emu.typecheck(calls))
 
 
 def test_tokens_that_are_bad_on_either_side_count_once():

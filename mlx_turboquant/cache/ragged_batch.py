@@ -46,6 +46,10 @@ class BatchTurboQuantKVCache(RaggedCompression):
         Raises:
             ValueError: for another number of sequences, or shapes or dtypes that do not fit this cache.
         """
+        plain = self._plain.take(self, keys, values)
+        if plain is not None:
+            return plain
+        self._plain.stop()
         L = keys.shape[2]
         self._admit(keys, values)
         self._queries.forget_newest()
@@ -61,6 +65,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
             self._valid = [min(max(n, 0), L) for n in self._ahead]
             self._ahead = [n - L for n in self._ahead]
         self._nonfinite.step(self.layer)
+        self._plain.start(self)
         return self.keys_and_values()
 
     def keys_and_values(self):
@@ -70,7 +75,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
             return tuple(array[:, :, : lengths[0].tail] for array in rows.tail)
         sinks, blocks = rows.sinks or (None, None), rows.blocks or (None, None)
         return tuple(
-            RaggedRows(*parts, lengths, quantizer, self.scheme.block)
+            RaggedRows(*parts, lengths, quantizer, self.scheme.block, self._plain.readers)
             for *parts, quantizer in zip(sinks, blocks, rows.tail, self._quantizers, strict=True)
         )
 
@@ -130,6 +135,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep only the sequences of these indices, in this order."""
+        self._plain.stop()
         keep = [int(i) for i in batch_indices]
         for name in ("_fitted", "_ahead", "_padding", "_valid"):
             if getattr(self, name) is not None:
@@ -179,6 +185,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
 
     def trim(self, n: int) -> int:
         """Forget the newest n tokens of each sequence (all, of one that has fewer); return how many of the longest."""
+        self._plain.stop()
         n = min(n, self.size())
         if all(length.tail >= n for length in self._rows.lengths):
             self._rows.forget_newest([n] * len(self._rows.lengths))
@@ -270,6 +277,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
     def _take_in(self, others: Sequence["BatchTurboQuantKVCache"]) -> None:
         """Put the sequences of the others behind these."""
         parts = [self, *others]
+        for part in parts:
+            part._plain.stop()
         for other in others:
             same_kind(self, other)
         counts = [len(part._fitted) for part in parts]

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_turboquant.cache.bound import tokens_to_drop
 from mlx_turboquant.cache.nonfinite import NonfiniteReport
+from mlx_turboquant.cache.plain_batch_steps import PlainBatchSteps
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.cache.ragged_store import RaggedStore
 from mlx_turboquant.cache.schedule import due
@@ -39,6 +40,7 @@ class RaggedCompression:
         self._chunk_ended = self._trimmed = False  # as of TurboQuantKVCache
         self._decoding = False  # the last update was a decode step
         self._nonfinite = NonfiniteReport()
+        self._plain = PlainBatchSteps()
 
     @property
     def keys(self) -> mx.array | None:
@@ -78,6 +80,7 @@ class RaggedCompression:
         work = [i for i, stop in enumerate(stops) if stop]
         if not work:
             return 0
+        self._plain.stop()
         cases = {(length.packed == 0, stop) for length, stop in zip(lengths, stops, strict=True)}
         groups = [slice(0, len(stops))] if len(cases) == 1 else [slice(i, i + 1) for i in work]
         bad = [array for which in groups for array in self._encode(which, skips[which.start], stops[which.start])]
@@ -117,6 +120,7 @@ class RaggedCompression:
         drops = self._drops(new)
         if not any(drops):
             return
+        self._plain.stop()
         pairs = enumerate(zip(drops, self._rows.lengths, strict=True))
         # A later turn's prompt, raw behind the blocks, must go too: it is encoded first.
         self._encode_whole_blocks([i for i, (n, length) in pairs if length.packed and n >= length.packed])

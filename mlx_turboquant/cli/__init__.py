@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "bits for each layer under a budget of memory or quality",
     "doctor": "this machine, its backend, and a self-test of the kernels",
     "index": "build, search and describe an index of vectors in 1 to 8 bits a value",
+    "inspect": "what a prompt cache, an index or a scheme file holds",
     "hook": "make the literal mlx_lm commands take --kv-scheme (opt-in)",
 }
 

@@ -20,7 +20,8 @@ _TOKEN = re.compile(
 # CUDA has global types of these names, with other members.
 _RENAMED = {name: f"metal::{name}_" for name in ("float2", "float4", "uint2", "uint4", "uchar4", "ushort2", "ushort4")}
 _USING = "using namespace metal;\n" + "".join(
-    f"using metal::{name};\n" for name in ("max", "min", "abs", "rint", "clamp", "exp", "exp2", "fma", "rsqrt", "sqrt")
+    f"using metal::{name};\n"
+    for name in ("max", "min", "abs", "rint", "clamp", "exp", "exp2", "log", "fma", "rsqrt", "sqrt")
 )
 
 

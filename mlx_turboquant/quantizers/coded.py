@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_turboquant.conditioning import balance_factors, block_centers, finite_or_zero, subtract_centers
+from mlx_turboquant.conditioning import block_centers, finite_or_zero, subtract_centers
+from mlx_turboquant.ops.balance import balance
 from mlx_turboquant.ops.encode import in_pieces
 from mlx_turboquant.ops.survey import Survey, survey
 from mlx_turboquant.quantizers.base import KeyQuantizer, ValueQuantizer
@@ -50,16 +51,16 @@ class CodedKeys(KeyQuantizer):
         """Learn from the prompt's keys (B, Hkv, T, D) and the sums over its queries; a balance of 1 without them."""
         keys = subtract_centers(rows, self._centers(rows))
         moments = queries if self.queries_wanted == "moments" else None
-        balance = ()
+        found = ()
         if self.balanced:
             asked = queries if moments is None else mx.diagonal(moments, axis1=-2, axis2=-1)
             if squares is None:
                 squares = mx.square(keys).sum(axis=2)
-            factors = mx.ones((*keys.shape[:2], self.dim)) if queries is None else balance_factors(asked, squares)
-            keys, balance = keys * factors[:, :, None], (factors,)
+            factors = mx.ones((*keys.shape[:2], self.dim)) if queries is None else balance(asked, squares)
+            keys, found = keys * factors[:, :, None], (factors,)
             if moments is not None:  # a query meets the balanced keys divided by it
                 moments = moments / (factors[..., None] * factors[:, :, None])
-        self.learned = (*balance, *self.codec.fit(keys, moments))
+        self.learned = (*found, *self.codec.fit(keys, moments))
 
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""

@@ -2,20 +2,21 @@
 
 from mlx_turboquant.verification.cases import (
     AttendCase,
+    BalanceCase,
     Case,
     DequantizeCase,
     EncodeCase,
     ScoreCase,
     SurveyCase,
-    full,
-    quick,
 )
+from mlx_turboquant.verification.lists import full, quick
 from mlx_turboquant.verification.record import RECORD, Verified
 from mlx_turboquant.verification.runner import Result, run
 
 __all__ = [
     "RECORD",
     "AttendCase",
+    "BalanceCase",
     "Case",
     "DequantizeCase",
     "EncodeCase",

@@ -32,7 +32,8 @@ RECORD = (
     Verified("attend_mma", "cannot: CUDA only", "H200, 2026-11-22", "cannot: CUDA only"),
     Verified("encode", _TESTS, "H200, 2026-11-22", _NO_MAC),
     Verified("dequantize", _TESTS, "H200, 2026-11-22", _NO_MAC),
-    Verified("survey", _TESTS, "no NVIDIA GPU has run it yet", _NO_MAC),
-    Verified("score", _TESTS, "H200, 2026-11-22: 4 bits only", _NO_MAC),
-    Verified("trellis", _TESTS, "no NVIDIA GPU has run it yet", _NO_MAC),
+    Verified("survey", _TESTS, "H200, 2026-11-22", _NO_MAC),
+    Verified("balance", _TESTS, "no NVIDIA GPU has run it yet", _NO_MAC),
+    Verified("score", _TESTS, "H200, 2026-11-22", _NO_MAC),
+    Verified("trellis", _TESTS, "H200, 2026-11-22", _NO_MAC),
 )

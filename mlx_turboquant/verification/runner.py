@@ -10,7 +10,7 @@ from mlx_turboquant.verification.attend_check import AttendCheck
 from mlx_turboquant.verification.cases import Case
 from mlx_turboquant.verification.row_checks import DequantizeCheck, EncodeCheck
 from mlx_turboquant.verification.score_check import ScoreCheck
-from mlx_turboquant.verification.survey_check import SurveyCheck
+from mlx_turboquant.verification.survey_check import BalanceCheck, SurveyCheck
 
 MOST_CHARACTERS = 1000  # of a failure: a compiler may say much more, and says the first error first
 _CHECKS = {
@@ -18,6 +18,7 @@ _CHECKS = {
     "encode": EncodeCheck,
     "dequantize": DequantizeCheck,
     "survey": SurveyCheck,
+    "balance": BalanceCheck,
     "score": ScoreCheck,
 }
 

@@ -1,10 +1,12 @@
-"""The look at rows before they are encoded, judged against float64."""
+"""The look at rows before they are encoded, and the balance made from it, judged against float64."""
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_turboquant.conditioning import BALANCE_FLOOR
+from mlx_turboquant.ops.balance import balance
 from mlx_turboquant.ops.survey import Survey, survey
-from mlx_turboquant.verification.cases import KV_HEADS, SurveyCase
+from mlx_turboquant.verification.cases import KV_HEADS, BalanceCase, SurveyCase
 
 START, BLOCKS = 5, 3
 # Of deviations from a block's first row, whose mean may be some standard deviations; of that row, should it be NaN, 0
@@ -52,3 +54,30 @@ class SurveyCheck:
         wanted = np.square(x).sum(axis=2)
         rounding = 0.0 if backend != "reference" else float(2 * mx.finfo(self.rows.dtype).eps * 25)
         return float((np.abs(np.array(out.squares, np.float64) - wanted) / wanted).max()), _ALLOWED + rounding
+
+
+class BalanceCheck:
+    """The error is the largest of a factor, as a part of it."""
+
+    def __init__(self, case: BalanceCase):
+        rng = np.random.default_rng(case.D)
+        queries, keys = rng.uniform(0.01, 4.0, (2, 2, KV_HEADS, case.D))
+        queries[1, 0] = 0.0  # saw no query
+        keys[0, 1, 5] = 1e6
+        queries[0, 1, 3] = 0.0
+        self.exact = np.ones_like(keys)
+        for head in np.ndindex(2, KV_HEADS):
+            if queries[head].any():
+                logs = [np.log(e + BALANCE_FLOOR * e.mean()) for e in (queries[head], keys[head])]
+                ratio = 0.25 * (logs[0] - logs[1])
+                self.exact[head] = np.exp(ratio - ratio.mean())
+        self.inputs = [mx.array(x.astype(np.float32)) for x in (queries, keys)]
+        mx.eval(self.inputs)
+
+    def call(self, backend: str) -> mx.array:
+        """The operation; every case has a kernel."""
+        return balance(*self.inputs, backend)
+
+    def judge(self, out: mx.array, backend: str) -> tuple[float, float]:
+        """(error, allowed)."""
+        return float((np.abs(np.array(out, np.float64) - self.exact) / self.exact).max()), 1e-5

@@ -1,0 +1,144 @@
+"""What a prompt-cache file holds: scheme, model, tokens, and for each layer its bytes by part and its rows' norms."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import QuantizedKVCache
+
+from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.inspection.decoded_rows import decoded_rows, has_plain_rows
+from mlx_turboquant.inspection.norms import NormHistogram
+from mlx_turboquant.inspection.stored_layers import StoredLayers
+
+# In the order of a file's layers; `raw` and `other` are of mlx-lm's own caches.
+PARTS = ("sinks", "codes", "scales", "centers", "tail", "learned", "queries", "raw", "other")
+OURS = {"mlx_turboquant_format": "format", "mlx_turboquant_scheme": "scheme", "mlx_turboquant_model": "model"}
+
+
+def prompt_cache_facts(path: Path, norms: bool = True) -> dict[str, Any]:
+    """What a prompt-cache file holds; keys as docs/format.md lists them.
+
+    One layer is in memory at a time, and of its decoded rows 4 million numbers.
+
+    Args:
+        path: of the file.
+        norms: whether rows are decoded for histograms of their norms; without, arrays are not read.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no prompt cache that `load_prompt_cache` would load.
+    """
+    stored = StoredLayers(path)
+    layers, seen = [], ({"keys": NormHistogram(), "values": NormHistogram()} if norms else None)
+    for number, cache in enumerate(stored):
+        layers.append({"layer": number, **_layer(cache, seen)})
+        del cache
+        mx.clear_cache()  # MLX keeps what was released for arrays of the same sizes; the next layer's may differ
+    ours = {key: stored.metadata.get(name) or None for name, key in OURS.items()}
+    nbytes = sum((Counter(layer["nbytes"]) for layer in layers), Counter())
+    fp16 = sum(_held(layer) if layer["fp16_nbytes"] is None else layer["fp16_nbytes"] for layer in layers)
+    total = sum(nbytes.values())
+    return {
+        "kind": "prompt cache",
+        "file": str(path),
+        "file_nbytes": path.stat().st_size,
+        "format": None if ours["format"] is None else int(ours["format"]),
+        "scheme": ours["scheme"] or _scheme_of(layers),
+        "model": ours["model"],
+        "metadata": {key: text for key, text in stored.metadata.items() if key not in OURS},
+        "tokens": max((layer["tokens"] + layer["dropped_tokens"] for layer in layers), default=0),
+        "nbytes": {part: nbytes[part] for part in PARTS if nbytes[part]},
+        "fp16_nbytes": fp16,
+        "ratio": fp16 / total if total else None,
+        "norms": seen and {side: histogram.summary() for side, histogram in seen.items()},
+        "layers": layers,
+    }
+
+
+def _layer(cache: Any, seen: dict[str, NormHistogram] | None) -> dict[str, Any]:
+    facts = _compressed(cache) if isinstance(cache, TurboQuantKVCache) else _of_mlx_lm(cache)
+    sides = None if seen is None else decoded_rows(cache)
+    told = None
+    if sides is not None:
+        told = {}
+        for name, pieces in zip(("keys", "values"), sides, strict=True):
+            histogram = NormHistogram()
+            for rows in pieces:
+                histogram.add_rows(rows)
+            seen[name].add(histogram)
+            told[name] = histogram.summary()
+    nbytes = sum(facts["nbytes"].values())
+    ratio = facts["fp16_nbytes"] / nbytes if facts["fp16_nbytes"] and nbytes else None
+    return {**facts, "ratio": ratio, "norms": told}
+
+
+def _compressed(cache: TurboQuantKVCache) -> dict[str, Any]:
+    """Of this package's cache; the parts of its state are described in `cache.saved_state`."""
+    dims, dtype, _, keys, values, learned, queries, _ = cache.state[5:]
+    sides = [array for side in (keys, values) for array in side or ()]
+    arrays = {part: sides[i::5] for i, part in enumerate(PARTS[:5])}
+    arrays["learned"] = [array for side in learned or () for array in side or ()]
+    arrays["queries"] = [queries]
+    batch, heads, *head_dims = dims or (0, 0, 0, 0)
+    return {
+        "class": type(cache).__name__,
+        "scheme": str(cache.scheme),
+        "dtype": dtype,
+        "batch": batch,
+        "heads": heads,
+        "head_dims": head_dims,
+        "tokens": cache.size(),
+        "dropped_tokens": cache.offset - cache.size(),
+        "max_size": cache.max_size,
+        "sink_tokens": cache.sink_tokens,
+        "block_tokens": cache.block_tokens,
+        "tail_tokens": cache.tail_tokens,
+        "nbytes": _sizes(arrays),
+        "fp16_nbytes": 2 * batch * heads * sum(head_dims) * cache.size(),
+    }
+
+
+def _of_mlx_lm(cache: Any) -> dict[str, Any]:
+    facts = {
+        "class": type(cache).__name__, "scheme": "raw", "dtype": None, "batch": None, "heads": None, "head_dims": None,
+        "tokens": 0, "dropped_tokens": 0, "max_size": getattr(cache, "max_size", None), "sink_tokens": 0,
+        "block_tokens": 0, "tail_tokens": 0, "fp16_nbytes": None,
+    }  # fmt: skip
+    if isinstance(cache, QuantizedKVCache) and not cache.empty():
+        keys, values = cache.keys, cache.values
+        (batch, heads), per_word = keys[0].shape[:2], 32 // cache.bits
+        facts |= {"scheme": f"mlx{cache.bits}:group={cache.group_size}", "dtype": _name(keys[1].dtype)}
+        facts |= {"tokens": cache.offset, "block_tokens": cache.offset}
+        facts |= {"batch": batch, "heads": heads, "head_dims": [side[0].shape[3] * per_word for side in (keys, values)]}
+        facts["nbytes"] = _sizes({"codes": [keys[0], values[0]], "scales": [*keys[1:], *values[1:]]})
+    elif has_plain_rows(cache):
+        (batch, heads, tokens, _), dims = cache.keys.shape, [cache.keys.shape[3], cache.values.shape[3]]
+        facts |= {"dtype": _name(cache.keys.dtype), "batch": batch, "heads": heads, "head_dims": dims}
+        facts |= {"tokens": tokens, "tail_tokens": tokens, "dropped_tokens": max(cache.offset - tokens, 0)}
+        facts["nbytes"] = _sizes({"raw": [cache.keys, cache.values]})
+    else:
+        arrays = [] if cache.empty() else [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
+        return {**facts, "nbytes": _sizes({"other": arrays})}
+    return {**facts, "fp16_nbytes": 2 * batch * heads * sum(facts["head_dims"]) * facts["tokens"]}
+
+
+def _sizes(arrays: dict[str, list[mx.array | None]]) -> dict[str, int]:
+    sizes = {part: sum(a.nbytes for a in some if a is not None) for part, some in arrays.items()}
+    return {part: size for part, size in sizes.items() if size}
+
+
+def _held(layer: dict[str, Any]) -> int:
+    return sum(layer["nbytes"].values())
+
+
+def _scheme_of(layers: list[dict[str, Any]]) -> str | None:
+    """The scheme of a file that mlx-lm's own function wrote: its layers', if they agree."""
+    schemes = {layer["scheme"] for layer in layers} - {"raw"}
+    return schemes.pop() if len(schemes) == 1 else None
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

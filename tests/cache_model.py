@@ -1,0 +1,335 @@
+"""The slow, literal model that caches are compared with: rows in numpy, and the documented rules one token at a time.
+
+It keeps, for each sequence, the rows that a cache stands for with their positions, and knows from the rules alone which
+of them are sinks, which were encoded when and from what, and what a bound dropped. Encoded rows are what the scheme's
+own quantizer gives when it is asked directly.
+"""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turboquant.quantizers import make_quantizers
+
+MOST_VERIFIED = 8  # a call of more tokens is never a decode step
+
+
+class Shape:
+    """What all sequences of a run have in common.
+
+    Args:
+        scheme: a `KVScheme`.
+        dims: head size of keys and of values.
+        dtype: the model's.
+        max_size: the bound or None.
+    """
+
+    heads, queries = 2, 4  # key heads, query heads
+
+    def __init__(self, scheme, dims, dtype, max_size=None):
+        self.scheme, self.dims, self.dtype, self.max_size = scheme, dims, dtype, max_size
+
+    def quantizers(self):
+        """The scheme's own for one layer."""
+        return make_quantizers(self.scheme, *self.dims, self.dtype)
+
+    def array(self, rows):
+        """Rows (.., H, T, D) of numpy with a first axis, in the model's dtype."""
+        return mx.array(rows if rows.ndim == 4 else rows[None]).astype(self.dtype)
+
+
+def in_float32(array):
+    """An array of the model's dtype as float32, exactly."""
+    return np.array(array.astype(mx.float32))
+
+
+class Sequence:
+    """One sequence: rows (H, T, D) of keys and of values in float32, and what became of them.
+
+    Attributes:
+        rows: keys and values that the cache stands for, of the tokens it holds.
+        positions: of those tokens.
+        sinks, packed: how many tokens are set apart at the front and how many follow encoded; 0 while it is raw.
+        fresh: packed tokens from here on were encoded since they were last compared.
+        sums: of the prompt's queries, float64; None before any.
+        newest: of the last call's queries, which may have been a decode step's.
+    """
+
+    def __init__(self, shape):
+        self.shape = shape
+        self.forget()
+
+    def forget(self):
+        self.rows = [np.zeros((self.shape.heads, 0, dim), np.float32) for dim in self.shape.dims]
+        self.positions = np.zeros(0, int)
+        self.sinks = self.packed = self.fresh = 0
+        self.sums = self.newest = self.quantizers = None
+
+    def __deepcopy__(self, memo):
+        other = copy.copy(self)  # arrays are replaced, never written to, but for rows
+        other.rows = [side.copy() for side in self.rows]
+        return other
+
+    @property
+    def held(self):
+        return len(self.positions)
+
+    @property
+    def offset(self):
+        return int(self.positions[-1]) + 1 if self.held else 0
+
+    @property
+    def dropped(self):
+        return self.offset - self.held
+
+    @property
+    def tail(self):
+        return self.held - self.sinks - self.packed
+
+    def append(self, rows):
+        """New tokens: keys and values (H, L, D)."""
+        start = self.offset
+        self.rows = [np.concatenate(pair, axis=1) for pair in zip(self.rows, rows, strict=True)]
+        self.positions = np.concatenate([self.positions, np.arange(start, start + rows[0].shape[1])])
+
+    def keep(self, which):
+        """Hold on to some of the tokens."""
+        self.rows, self.positions = [side[:, which] for side in self.rows], self.positions[which]
+
+    def due(self, padding=0):
+        """Tokens that are encoded next: whole blocks behind the sinks that are older than the window."""
+        scheme = self.shape.scheme
+        raw = self.tail - padding - (0 if self.packed else scheme.sinks)
+        return max(raw - scheme.window, 0) // scheme.block * scheme.block
+
+    def encode(self, padding=0):
+        """Encode what is due; returns how many tokens that was."""
+        count = self.due(padding)
+        if not count:
+            return 0
+        if not self.packed:
+            self.sinks = self.shape.scheme.sinks
+        start = self.sinks + self.packed
+        sides = [self.shape.array(side[:, start : start + count]) for side in self.rows]
+        if self.quantizers is None:
+            self.quantizers = self.shape.quantizers()
+            queries = None if self.sums is None else mx.array(self.sums.astype(np.float32))[None]
+            for quantizer, rows in zip(self.quantizers, sides, strict=True):
+                quantizer.fit(rows, queries)
+        for quantizer, rows, side in zip(self.quantizers, sides, self.rows, strict=True):
+            packed = quantizer.encode(rows)
+            for block in range(0, count, self.shape.scheme.block):
+                stop = block + self.shape.scheme.block
+                side[:, start + block : start + stop] = in_float32(quantizer.decode(packed, block, stop))[0]
+        self.packed += count
+        return count
+
+    def make_room(self, new, padding=0):
+        """Drop the oldest whole blocks behind the sinks so that so many tokens fit into the bound."""
+        scheme, bound, held = self.shape.scheme, self.shape.max_size, self.held - padding
+        if bound is None or held + new <= bound:
+            return
+        wanted = -(-max(held + new - bound, bound // 16) // scheme.block)
+        count = min(wanted, (held - scheme.sinks - scheme.window) // scheme.block - 1) * scheme.block
+        if self.packed and count >= self.packed:
+            self.encode(padding)
+        if self.packed:
+            self.packed, self.fresh = self.packed - count, max(self.fresh - count, 0)
+        first = np.arange(self.held)
+        self.keep((first < scheme.sinks) | (first >= scheme.sinks + count))
+
+    def can_trim(self, n):
+        """Whether the token that the newest would then be is still held."""
+        return self.dropped == 0 or n >= self.offset or self.held - n > self.shape.scheme.sinks
+
+    def trim(self, n):
+        """Forget the newest n tokens. The rest of a cut block is raw again, as it was decoded."""
+        if n >= self.offset:
+            self.forget()
+            return
+        self.keep(slice(0, self.held - n))
+        if self.sinks + self.packed > self.held:
+            self.packed = max(self.held - self.sinks, 0) // self.shape.scheme.block * self.shape.scheme.block
+        self.fresh = min(self.fresh, self.packed)
+        if not self.packed:
+            self.sinks, self.quantizers = 0, None
+
+    def observe(self, queries, wanted):
+        """Queries (Hq, L, D) that met this sequence raw: few of them may have been a decode step's."""
+        rows = queries.astype(np.float64).reshape(self.shape.heads, -1, queries.shape[-1])
+        new = rows.swapaxes(1, 2) @ rows if wanted == "moments" else np.square(rows).sum(axis=1)
+        self.newest = new if wanted else None
+
+    def count_newest(self):
+        """What was held back was prompt."""
+        if self.newest is not None:
+            self.sums = self.newest if self.sums is None else self.sums + self.newest
+        self.newest = None
+
+
+class Single:
+    """A cache of one sequence: when it drops and encodes, and what a rewind takes back."""
+
+    def __init__(self, shape, sequence=None):
+        self.shape, self.sequence = shape, sequence or Sequence(shape)
+        self.chunk_ended = self.trimmed = False
+        self.undo = []  # of each encoding inside the last call: offset, raw rows at the end, tokens in blocks
+
+    def is_decode(self, L):
+        return self.sequence.held > 0 and not self.chunk_ended and (L == 1 or (self.trimmed and L <= MOST_VERIFIED))
+
+    def room_for(self, L):
+        return L if self.is_decode(L) else 1
+
+    def update(self, rows, first_verification=False):
+        """Add tokens; returns, for each of them, the keys and values that its query sees."""
+        sequence, L = self.sequence, rows[0].shape[1]
+        sequence.newest, self.undo = None, []
+        decode = first_verification or self.is_decode(L)
+        sequence.make_room(L if decode else 1)
+        prompt_first = first_verification and self.chunk_ended  # then the first token is the prompt's last
+        if (decode or self.shape.scheme.prefill == "compressed") and not prompt_first:
+            sequence.encode()
+        self.chunk_ended = self.trimmed = False
+        if not decode:
+            sequence.append(rows)
+            return [[side[:, : sequence.held - L + i + 1] for side in sequence.rows] for i in range(L)]
+        seen = []
+        for i in range(L):
+            if i and sequence.due():
+                start = sequence.sinks + sequence.packed
+                tail = [side[:, start:].copy() for side in sequence.rows]
+                self.undo.append((sequence.offset, tail, sequence.packed))
+                sequence.encode()
+            sequence.append([side[:, i : i + 1] for side in rows])
+            seen.append([side.copy() for side in sequence.rows])
+        return seen
+
+    def loop_reads_state(self):
+        """What mlx-lm's loops do after each chunk of a prompt."""
+        self.chunk_ended = True
+        self.sequence.count_newest()
+        if self.shape.scheme.prefill == "compressed":
+            self.compress()
+
+    def compress(self):
+        self.sequence.make_room(1)
+        return self.sequence.encode()
+
+    def trim(self, n):
+        """Forget the newest n tokens; an encoding inside the last call, which they would have preceded, is undone."""
+        sequence = self.sequence
+        kept, undo, self.undo, self.trimmed = sequence.offset - n, self.undo, [], True
+        if kept <= 0:
+            sequence.forget()
+            self.chunk_ended = self.trimmed = False
+            return
+        for offset, tail, packed in undo:
+            if offset > kept:
+                sequence.trim(sequence.offset - offset)
+                for side, raw in zip(sequence.rows, tail, strict=True):
+                    side[:, side.shape[1] - raw.shape[1] :] = raw
+                sequence.packed, sequence.fresh = packed, min(sequence.fresh, packed)
+                if not packed:
+                    sequence.sinks, sequence.quantizers = 0, None
+                break
+        sequence.trim(sequence.offset - kept)
+
+    def restored(self):
+        """What comes back from a file: what belongs to the last call alone is not kept."""
+        other = copy.deepcopy(self)
+        other.undo, other.sequence.newest = [], None
+        return other
+
+
+class Batch:
+    """A cache of several sequences, which share a phase."""
+
+    def __init__(self, shape, sequences, chunk_ended=False):
+        self.shape, self.sequences, self.chunk_ended = shape, sequences, chunk_ended
+        self.trimmed = self.decoding = False
+        self.ahead = self.padding = None
+
+    @classmethod
+    def merged(cls, shape, singles):
+        """A batch of the sequences of single caches."""
+        sequences = [copy.deepcopy(single.sequence) for single in singles]
+        for sequence in sequences:
+            sequence.newest = None
+        return cls(shape, sequences, any(single.chunk_ended for single in singles))
+
+    def is_decode(self, L):
+        if self.chunk_ended or self.padding is not None or not any(s.held for s in self.sequences):
+            return False
+        return L == 1 or (self.trimmed and L <= MOST_VERIFIED)
+
+    def room_for(self, L):
+        return L if self.is_decode(L) else 1
+
+    def beyond(self, i):
+        """Tokens at the end of a sequence that are padding."""
+        return 0 if self.ahead is None else max(-self.ahead[i], 0)
+
+    def update(self, rows):
+        """Add L tokens to each: keys and values (B, H, L, D). Returns what each one's queries see, by sequence."""
+        L, decode = rows[0].shape[2], self.is_decode(rows[0].shape[2])
+        for i, sequence in enumerate(self.sequences):
+            sequence.newest = None
+            sequence.make_room(self.room_for(L), self.beyond(i))
+        if decode or self.shape.scheme.prefill == "compressed":
+            self.compress()
+        self.decoding = L == 1 and not self.chunk_ended
+        self.chunk_ended = self.trimmed = False
+        seen = []
+        for i, sequence in enumerate(self.sequences):
+            sequence.append([side[i] for side in rows])
+            first = sequence.held - L + 1
+            seen.append([[side[:, : first + j] for side in sequence.rows] for j in range(L)])
+        self.valid = [L] * len(self.sequences)
+        if self.ahead is not None:
+            self.valid = [min(max(n, 0), L) for n in self.ahead]
+            self.ahead = [n - L for n in self.ahead]
+        return seen
+
+    def loop_reads_state(self):
+        self.chunk_ended, self.decoding = True, False
+        for sequence in self.sequences:
+            sequence.count_newest()
+        if self.shape.scheme.prefill == "compressed":
+            self.compress()
+
+    def compress(self):
+        for i, sequence in enumerate(self.sequences):
+            sequence.make_room(1, self.beyond(i))
+        return sum(sequence.encode(self.beyond(i)) for i, sequence in enumerate(self.sequences))
+
+    def finalize(self):
+        """Padding goes."""
+        for sequence, count in zip(self.sequences, self.padding or (), strict=False):
+            sequence.trim(count) if count < sequence.offset else sequence.keep(slice(0, 0))
+        self.ahead = self.padding = None
+
+    def trim(self, n):
+        for sequence in self.sequences:
+            sequence.trim(n)
+        self.trimmed = True
+
+    def extend(self, other):
+        if self.decoding and other.decoding:
+            self.compress()
+            other.compress()
+        self.sequences += other.sequences
+        self.chunk_ended, self.decoding = self.chunk_ended or other.chunk_ended, self.decoding and other.decoding
+        for sequence in self.sequences:
+            sequence.newest = None
+
+    def filter(self, keep):
+        self.sequences = [self.sequences[i] for i in keep]
+        for sequence in self.sequences:
+            sequence.newest = None
+
+    def extract(self, i):
+        single = Single(self.shape, copy.deepcopy(self.sequences[i]))
+        single.chunk_ended, single.sequence.newest = self.chunk_ended, None
+        return single
