@@ -2,18 +2,19 @@
 
     python benchmarks/generation.py [--shapes llama-3.1-8b,qwen2.5-1.5b,llama-3.2-1b] [--models PATH_OR_REPO,..]
                                     [--cases 1x1024,1x8192,1x32768,1x131072,8x8192,8x32768,32x8192] [--rounds 5]
-                                    [--schemes turbo8v4,turbo4,turbo3,turbo4v2,mlx8,mlx4] [--first 8192] [--plot FILE.png]
+                                    [--schemes turbo8v4,turbo4,turbo3,turbo4v2,mlx8,mlx4] [--first 8192]
+                                    [--plot FILE.png]
 
 Shapes are published ones with random 4-bit weights (`random_models.py`); `--models` adds real ones. A case is batch x
-cached tokens. For decoding, caches are filled with random keys and values, whose content does not change the time, and
-all caches of a case are held at once: in each round every one of them decodes 64 tokens, one after the other, as
-mlx-lm's generate_step does it (a step is built while the last one runs), so that a compressed cache encodes one block in
-each round. `ms` is of one step, the median of the rounds and in brackets the spread (lower to upper quartile); `of fp16`
-is the median over the rounds of fp16's time over this one's in the same round, so more than 1x is faster.
+cached tokens. For decoding, caches are filled with random keys and values, whose content does not change the time,
+and all caches of a case are held at once: in each round every one of them decodes 64 tokens, one after the other, as
+mlx-lm's generate_step does it (a step is built while the last one runs), so that a compressed cache encodes one block
+in each round. `ms` is of one step, the median of the rounds and in brackets the spread (lower to upper quartile); `of
+fp16` is the median over the rounds of fp16's time over this one's in the same round, so more than 1x is faster.
 
-For each `--first` length: a random prompt is read by generate_step up to its first token, caches taking turns
-(`first token`); and a cache that holds a raw prompt of that length decodes one token, which compresses it, and later
-one more (`first step`, `next step`, each waited for). Prints a card, tables and one line of JSON.
+For each `--first` length: a random prompt is read by generate_step up to its first token, caches taking turns (`first
+token`); and a cache that holds a raw prompt of that length decodes one token, which compresses it, and later one more
+(`first step`, `next step`, each waited for). Prints a card, tables and one line of JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights, made on the spot: times and bytes do not depend on what weights say."""
+"""Models of published shapes with random weights, made on the spot: times and bytes hardly depend on weights."""
 
 from dataclasses import dataclass
 

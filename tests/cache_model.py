@@ -30,6 +30,9 @@ class Shape:
     def __init__(self, scheme, dims, dtype, max_size=None):
         self.scheme, self.dims, self.dtype, self.max_size = scheme, dims, dtype, max_size
 
+    def __deepcopy__(self, memo):
+        return self
+
     def quantizers(self):
         """The scheme's own for one layer."""
         return make_quantizers(self.scheme, *self.dims, self.dtype)
@@ -52,6 +55,7 @@ class Sequence:
         positions: of those tokens.
         sinks, packed: how many tokens are set apart at the front and how many follow encoded; 0 while it is raw.
         fresh: packed tokens from here on were encoded since they were last compared.
+        before: the rows that were encoded last: where they begin, keys and values as they were; None once compared.
         sums: of the prompt's queries, float64; None before any.
         newest: of the last call's queries, which may have been a decode step's.
     """
@@ -64,7 +68,7 @@ class Sequence:
         self.rows = [np.zeros((self.shape.heads, 0, dim), np.float32) for dim in self.shape.dims]
         self.positions = np.zeros(0, int)
         self.sinks = self.packed = self.fresh = 0
-        self.sums = self.newest = self.quantizers = None
+        self.sums = self.newest = self.quantizers = self.before = None
 
     def __deepcopy__(self, memo):
         other = copy.copy(self)  # arrays are replaced, never written to, but for rows
@@ -117,6 +121,7 @@ class Sequence:
             queries = None if self.sums is None else mx.array(self.sums.astype(np.float32))[None]
             for quantizer, rows in zip(self.quantizers, sides, strict=True):
                 quantizer.fit(rows, queries)
+        self.before = start, [side[:, start : start + count].copy() for side in self.rows]
         for quantizer, rows, side in zip(self.quantizers, sides, self.rows, strict=True):
             packed = quantizer.encode(rows)
             for block in range(0, count, self.shape.scheme.block):
@@ -174,21 +179,19 @@ class Single:
     def __init__(self, shape, sequence=None):
         self.shape, self.sequence = shape, sequence or Sequence(shape)
         self.chunk_ended = self.trimmed = False
+        self.drafts = False  # the next call is of drafts that a linked draft model has read
         self.undo = []  # of each encoding inside the last call: offset, raw rows at the end, tokens in blocks
 
     def is_decode(self, L):
         return self.sequence.held > 0 and not self.chunk_ended and (L == 1 or (self.trimmed and L <= MOST_VERIFIED))
 
-    def room_for(self, L):
-        return L if self.is_decode(L) else 1
-
-    def update(self, rows, first_verification=False):
+    def update(self, rows):
         """Add tokens; returns, for each of them, the keys and values that its query sees."""
         sequence, L = self.sequence, rows[0].shape[1]
         sequence.newest, self.undo = None, []
-        decode = first_verification or self.is_decode(L)
+        decode = self.drafts or self.is_decode(L)
         sequence.make_room(L if decode else 1)
-        prompt_first = first_verification and self.chunk_ended  # then the first token is the prompt's last
+        prompt_first = self.drafts and self.chunk_ended  # then the first token is the prompt's last
         if (decode or self.shape.scheme.prefill == "compressed") and not prompt_first:
             sequence.encode()
         self.chunk_ended = self.trimmed = False
@@ -239,7 +242,7 @@ class Single:
     def restored(self):
         """What comes back from a file: what belongs to the last call alone is not kept."""
         other = copy.deepcopy(self)
-        other.undo, other.sequence.newest = [], None
+        other.undo = []
         return other
 
 
@@ -255,8 +258,6 @@ class Batch:
     def merged(cls, shape, singles):
         """A batch of the sequences of single caches."""
         sequences = [copy.deepcopy(single.sequence) for single in singles]
-        for sequence in sequences:
-            sequence.newest = None
         return cls(shape, sequences, any(single.chunk_ended for single in singles))
 
     def is_decode(self, L):
@@ -304,6 +305,9 @@ class Batch:
             sequence.make_room(1, self.beyond(i))
         return sum(sequence.encode(self.beyond(i)) for i, sequence in enumerate(self.sequences))
 
+    def prepare(self, lengths, padding):
+        self.ahead, self.padding = list(lengths), list(padding)
+
     def finalize(self):
         """Padding goes."""
         for sequence, count in zip(self.sequences, self.padding or (), strict=False):
@@ -321,15 +325,11 @@ class Batch:
             other.compress()
         self.sequences += other.sequences
         self.chunk_ended, self.decoding = self.chunk_ended or other.chunk_ended, self.decoding and other.decoding
-        for sequence in self.sequences:
-            sequence.newest = None
 
     def filter(self, keep):
-        self.sequences = [self.sequences[i] for i in keep]
-        for sequence in self.sequences:
-            sequence.newest = None
+        self.sequences = [copy.deepcopy(self.sequences[i]) for i in keep]
 
     def extract(self, i):
         single = Single(self.shape, copy.deepcopy(self.sequences[i]))
-        single.chunk_ended, single.sequence.newest = self.chunk_ended, None
+        single.chunk_ended = self.chunk_ended
         return single

@@ -26,8 +26,8 @@ def text(facts: dict[str, Any], by_layer: bool = False) -> str:
 
 
 def _prompt_cache(facts: dict[str, Any]) -> list[str]:
-    lines = [f"scheme: {facts['scheme'] or 'none that all layers share'}", f"model: {_model(facts['model'])}"]
-    lines += [f"{key}: {value:.200}" for key, value in facts["metadata"].items() if value]
+    lines = [f"scheme: {_shown(facts['scheme'] or 'none that all layers share')}", f"model: {_model(facts['model'])}"]
+    lines += [f"{_shown(key)}: {_shown(value)}" for key, value in facts["metadata"].items() if value]
     lines += [f"tokens: {facts['tokens']:,}", "", *_layers(facts)]
     return lines + (_norms(facts["norms"], "all layers") if facts["norms"] else [])
 
@@ -35,17 +35,17 @@ def _prompt_cache(facts: dict[str, Any]) -> list[str]:
 def _layers(facts: dict[str, Any]) -> list[str]:
     """A table in which neighbouring layers that agree share a line, as in `report`."""
     parts = [part for part in PARTS if part in facts["nbytes"]]
-    rows = [("layer", "scheme", "tokens", *parts, "bytes", "of fp16")]
+    rows = [("layer", "scheme", "tokens", *parts, "bytes", "ratio")]
     for _, same in groupby(facts["layers"], key=lambda layer: {**layer, "layer": 0, "norms": None}):
         first, *rest = same
         label = f"{first['layer']}-{rest[-1]['layer']}" if rest else str(first["layer"])
         dropped = f" (dropped {first['dropped_tokens']:,})" if first["dropped_tokens"] else ""
         sizes = [f"{first['nbytes'].get(part, 0):,}" for part in parts]
         total = f"{sum(first['nbytes'].values()):,}" + (" each" if rest else "")
-        rows.append((label, first["scheme"], f"{first['tokens']:,}{dropped}", *sizes, total, _share(first["ratio"])))
+        rows.append((label, first["scheme"], f"{first['tokens']:,}{dropped}", *sizes, total, _times(first["ratio"])))
     total = sum(facts["nbytes"].values())
     rows.append(
-        ("all", "", "", *(f"{facts['nbytes'][part]:,}" for part in parts), f"{total:,}", _share(facts["ratio"]))
+        ("all", "", "", *(f"{facts['nbytes'][part]:,}" for part in parts), f"{total:,}", _times(facts["ratio"]))
     )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -77,13 +77,12 @@ def _index(facts: dict[str, Any]) -> list[str]:
         f"next id: {facts['next_id']:,}",
         f"bytes: {', '.join(f'{name} {size:,}' for name, size in facts['nbytes'].items())}",
     ]
-    share = f", {_share(facts['ratio'])}" if facts["ratio"] else ""
-    return [*lines, f"The same vectors at 16 bits a number: {facts['fp16_nbytes']:,} bytes{share}"]
+    return [*lines, f"The same vectors at 16 bits a number: {facts['fp16_nbytes']:,} bytes, {_times(facts['ratio'])}"]
 
 
 def _schemes(facts: dict[str, Any]) -> list[str]:
     lines = [f"model: {_model(facts['model'], 'any')}", f"layers: {len(facts['layers'])}"]
-    lines += [f"{key}: {value}"[:200] for key, value in facts["notes"].items()]
+    lines += [f"{_shown(key)}: {_shown(value)}" for key, value in facts["notes"].items()]
     for scheme, same in groupby(enumerate(facts["layers"]), key=lambda pair: pair[1]):
         numbers = [number for number, _ in same]
         span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
@@ -103,9 +102,15 @@ def _model(mark: str | None, unknown: str = "not said") -> str:
     if mark is None:
         return unknown
     shard = shard_in(mark)
-    return f"fingerprint {mark}" + (f", {shard}" if shard.size > 1 else "")
+    return f"fingerprint {_shown(mark)}" + (f", {shard}" if shard.size > 1 else "")
 
 
-def _share(ratio: float | None) -> str:
-    """How many times smaller than fp16, and what share of it that is."""
-    return "" if ratio is None else f"1/{ratio:.2f} = {1 / ratio:.1%}"
+def _times(ratio: float | None) -> str:
+    """How many times smaller than fp16."""
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _shown(text: Any) -> str:
+    """Text of a file on one line, without what would steer a terminal."""
+    text = text if isinstance(text, str) else str(text)
+    return (text if text.isprintable() else ascii(text))[:200]

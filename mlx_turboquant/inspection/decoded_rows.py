@@ -38,7 +38,7 @@ def decoded_rows(cache: Any) -> tuple[Iterator[mx.array], Iterator[mx.array]] | 
     elif isinstance(cache, QuantizedKVCache):
         sides = None if cache.empty() else [[_of_mlx_lm(cache, side)] for side in (cache.keys, cache.values)]
     else:
-        sides = [_runs(rows) for rows in (cache.keys, cache.values)] if has_plain_rows(cache) else None
+        sides = [_runs(rows) for rows in cache.keys_and_values()] if has_plain_rows(cache) else None
     return None if sides is None else tuple(map(_pieces, sides))
 
 

@@ -13,8 +13,9 @@ from mlx_turboquant.inspection.decoded_rows import decoded_rows, has_plain_rows
 from mlx_turboquant.inspection.norms import NormHistogram
 from mlx_turboquant.inspection.stored_layers import StoredLayers
 
-# In the order of a file's layers; `raw` and `other` are of mlx-lm's own caches.
-PARTS = ("sinks", "codes", "scales", "centers", "tail", "learned", "queries", "raw", "other")
+# The first seven are of this package's cache, as `cache.saved_state` has them, the others of mlx-lm's own: raw rows, the
+# room for more of them that it writes out too, and what is neither keys nor values.
+PARTS = ("sinks", "codes", "scales", "centers", "tail", "learned", "queries", "raw", "spare", "other")
 OURS = {"mlx_turboquant_format": "format", "mlx_turboquant_scheme": "scheme", "mlx_turboquant_model": "model"}
 
 
@@ -108,21 +109,26 @@ def _of_mlx_lm(cache: Any) -> dict[str, Any]:
         "block_tokens": 0, "tail_tokens": 0, "fp16_nbytes": None,
     }  # fmt: skip
     if isinstance(cache, QuantizedKVCache) and not cache.empty():
-        keys, values = cache.keys, cache.values
-        (batch, heads), per_word = keys[0].shape[:2], 32 // cache.bits
-        facts |= {"scheme": f"mlx{cache.bits}:group={cache.group_size}", "dtype": _name(keys[1].dtype)}
+        sides, room = (cache.keys, cache.values), cache.keys[0].shape[2]
+        dims = [side[1].shape[3] * cache.group_size for side in sides]
+        facts |= {"scheme": f"mlx{cache.bits}:group={cache.group_size}", "dtype": _name(cache.keys[1].dtype)}
         facts |= {"tokens": cache.offset, "block_tokens": cache.offset}
-        facts |= {"batch": batch, "heads": heads, "head_dims": [side[0].shape[3] * per_word for side in (keys, values)]}
-        facts["nbytes"] = _sizes({"codes": [keys[0], values[0]], "scales": [*keys[1:], *values[1:]]})
+        arrays = {"codes": [side[0] for side in sides], "scales": [part for side in sides for part in side[1:]]}
     elif has_plain_rows(cache):
-        (batch, heads, tokens, _), dims = cache.keys.shape, [cache.keys.shape[3], cache.values.shape[3]]
-        facts |= {"dtype": _name(cache.keys.dtype), "batch": batch, "heads": heads, "head_dims": dims}
-        facts |= {"tokens": tokens, "tail_tokens": tokens, "dropped_tokens": max(cache.offset - tokens, 0)}
-        facts["nbytes"] = _sizes({"raw": [cache.keys, cache.values]})
+        dims, room = [cache.keys.shape[3], cache.values.shape[3]], cache.keys.shape[2]
+        tokens = min(cache.offset, room)
+        facts |= {"dtype": _name(cache.keys.dtype), "tokens": tokens, "tail_tokens": tokens}
+        facts |= {"dropped_tokens": cache.offset - tokens}
+        arrays = {"raw": [cache.keys, cache.values]}
     else:
         arrays = [] if cache.empty() else [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
         return {**facts, "nbytes": _sizes({"other": arrays})}
-    return {**facts, "fp16_nbytes": 2 * batch * heads * sum(facts["head_dims"]) * facts["tokens"]}
+    batch, heads = next(iter(arrays.values()))[0].shape[:2]
+    facts |= {"batch": batch, "heads": heads, "head_dims": dims}
+    whole = _sizes(arrays)
+    held = {part: size * facts["tokens"] // max(room, 1) for part, size in whole.items()}
+    facts["nbytes"] = {**held, "spare": sum(whole.values()) - sum(held.values())}
+    return {**facts, "fp16_nbytes": 2 * batch * heads * sum(dims) * facts["tokens"]}
 
 
 def _sizes(arrays: dict[str, list[mx.array | None]]) -> dict[str, int]:

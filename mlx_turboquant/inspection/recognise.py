@@ -58,7 +58,7 @@ def _look(path: Path) -> tuple[str, dict[str, Any]]:
         file.seek(8 if arrays else 0)
         text = file.read(length if arrays else _MAX_JSON_BYTES)
     try:
-        header = json.loads(text)
+        header = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise _unknown(path, f"one that begins like JSON and is none ({error})") from error
     if not isinstance(header, dict):
@@ -138,6 +138,10 @@ def _logit_shapes(header: dict[str, Any]) -> dict[str, tuple[int, int]]:
             return {}
         shapes[name] = (step, vocabulary)
     return shapes
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _unknown(path: Path, got: str) -> ValueError:
