@@ -4,12 +4,19 @@ import importlib
 from collections.abc import Generator
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.cache import TurboQuantKVCache, link_drafts
+from mlx_turboquant.guard import check_bound, read_guarded
 from mlx_turboquant.mlx_lm_hooks import make_prompt_cache
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.scheme_file import LayerSchemes, mismatch, resolve
 
+GUARD_NEEDS = (
+    "[generate] kv_guard (--kv-guard) needs kv_scheme (--kv-scheme) and a prompt that was not read yet. Leave out "
+    "prompt_cache (--prompt-cache-file)."
+)
 # As an attribute of its package this name is a function that hides the module.
 _mlx_lm = importlib.import_module("mlx_lm.generate")
 
@@ -20,17 +27,22 @@ def generate(model: Any, tokenizer: Any, prompt: Any, verbose: bool = False, **k
     Args:
         model, tokenizer, prompt, verbose, kwargs: as for ``mlx_lm.generate``.
         kv_scheme: a `KVScheme` or its text; without it nothing is compressed. A draft model's cache takes it too.
+        kv_guard: a bound in nats, see `guard.read_guarded`: layers whose compression changes the model's next-token
+            distributions by more stay raw, and `report` says so. mlx-lm's count of prompt tokens then has the last few.
 
     Raises:
         ValueError: for an unknown scheme, an empty prompt, kv_bits beside a scheme, a max_kv_size that is too small for
-            it or comes with a draft model, or a prompt_cache that has another scheme.
+            it or comes with a draft model, a prompt_cache that has another scheme, or a kv_guard without kv_scheme or
+            with a draft model, a prompt_cache or input_embeddings.
     """
-    return _mlx_lm.generate(model, tokenizer, prompt, verbose=verbose, **_with_cache(model, prompt, kwargs))
+    prompt, kwargs = _with_cache(model, tokenizer, prompt, kwargs)
+    return _mlx_lm.generate(model, tokenizer, prompt, verbose=verbose, **kwargs)
 
 
 def stream_generate(model: Any, tokenizer: Any, prompt: Any, **kwargs: Any) -> Generator[Any, None, None]:
     """A generator of responses, as ``mlx_lm.stream_generate``; arguments and errors as for `generate`."""
-    return _mlx_lm.stream_generate(model, tokenizer, prompt, **_with_cache(model, prompt, kwargs))
+    prompt, kwargs = _with_cache(model, tokenizer, prompt, kwargs)
+    return _mlx_lm.stream_generate(model, tokenizer, prompt, **kwargs)
 
 
 def prompt_cache_for(model: Any, kv_scheme: Any, draft_model: Any = None, **kwargs: Any) -> list[Any]:
@@ -92,9 +104,29 @@ def _refuse_kv_bits(scheme: KVScheme | LayerSchemes, kv_bits: int | None) -> Non
         )
 
 
-def _with_cache(model: Any, prompt: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def guarded(model: Any, tokenizer: Any, prompt: Any, bound: Any, kwargs: dict[str, Any]) -> mx.array:
+    """Read the prompt under a guard into the cache in kwargs, which is empty; the tokens that are left to read.
+
+    Raises:
+        ValueError: for what does not go with a guard.
+    """
+    bound = check_bound(bound)
+    for name in ("draft_model", "input_embeddings", "max_kv_size"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"[generate] kv_guard (--kv-guard) does not go with {name}. Leave out one of the two.")
+    if isinstance(prompt, str):  # as mlx-lm encodes it
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=special)
+    step = {"prefill_step_size": kwargs["prefill_step_size"]} if kwargs.get("prefill_step_size") else {}
+    left, kwargs["prompt_cache"] = read_guarded(model, mx.array(prompt), kwargs["prompt_cache"], bound, **step)
+    return left
+
+
+def _with_cache(model: Any, tokenizer: Any, prompt: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     kwargs = dict(kwargs)
-    kv_scheme = kwargs.pop("kv_scheme", None)
+    kv_scheme, kv_guard = kwargs.pop("kv_scheme", None), kwargs.pop("kv_guard", None)
+    if kv_guard is not None and (kv_scheme is None or kwargs.get("prompt_cache") is not None):
+        raise ValueError(GUARD_NEEDS)
     if len(prompt) == 0 and kwargs.get("input_embeddings") is None:
         raise ValueError("[generate] The prompt is empty; give at least one token.")
     if kwargs.get("prompt_cache") is not None:
@@ -106,4 +138,4 @@ def _with_cache(model: Any, prompt: Any, kwargs: dict[str, Any]) -> dict[str, An
         kwargs["prompt_cache"] = prompt_cache_for(model, kv_scheme, **kwargs)
     if kwargs.get("prompt_cache") is not None:
         link_drafts(kwargs["prompt_cache"], model, kwargs.get("draft_model"))
-    return kwargs
+    return prompt if kv_guard is None else guarded(model, tokenizer, prompt, kv_guard, kwargs), kwargs

@@ -21,7 +21,7 @@ ROOMS = [
     {"attention"},
     {"binding", "shard", "fingerprint"},
     {"cache", "row_values", "row_flow", "layers"},
-    {"mlx_lm_hooks"},
+    {"mlx_lm_hooks", "guard"},
     {"report", "prompt_cache_file", "generation"},
     {"reference_logits", "sizes", "evaluation"},
     {"planning"},

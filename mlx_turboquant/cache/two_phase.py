@@ -138,6 +138,18 @@ class TurboQuantKVCache(HeldTokens):
         """
         return trimming.trim(self, n)
 
+    def end_chunk(self) -> None:
+        """Say that what was read last is part of a prompt, as a prefill loop of mlx-lm does by reading `state`."""
+        self._chunk_ended = True
+        self._queries.count_newest()
+        if self.scheme.prefill == "compressed":
+            self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
+
+    def unread(self, n: int) -> None:
+        """Forget the newest n tokens of a prompt, of which more is to come, as if they had not been read yet."""
+        trimming.trim(self, n)
+        self._trimmed, self._chunk_ended = False, True
+
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
         """mlx-lm calls this for ``kv_bits``, which cannot be combined with a scheme.
 
@@ -193,6 +205,7 @@ class TurboQuantKVCache(HeldTokens):
         if n == 0:
             return
         self._plain.stop()
+        self._undo = []  # it would bring back what is dropped now
         if self._blocks is None:
             for rows in self._tail:
                 rows.drop(self.scheme.sinks, self.scheme.sinks + n)
@@ -239,10 +252,7 @@ class TurboQuantKVCache(HeldTokens):
     def state(self) -> tuple:
         """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`."""
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
-            self._chunk_ended = True
-            self._queries.count_newest()
-            if self.scheme.prefill == "compressed":
-                self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
+            self.end_chunk()
         return saved_state.pack(self)
 
     @state.setter

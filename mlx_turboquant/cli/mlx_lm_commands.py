@@ -16,7 +16,7 @@ SCHEME_HELP = (
     "affine4, mlx4, fp16); or @FILE.json from mlx_turboquant.plan."
 )
 
-_FLAGS = ("kv_scheme", "kv_report", "prompt_cache_file")  # without any of them mlx-lm runs untouched
+_FLAGS = ("kv_scheme", "kv_report", "kv_guard", "prompt_cache_file")  # without any of them mlx-lm runs untouched
 
 
 def extend_generate(module: ModuleType) -> None:
@@ -33,6 +33,9 @@ def extend_generate(module: ModuleType) -> None:
         parser.add_argument("--kv-scheme", default=None, help=SCHEME_HELP)
         parser.add_argument("--kv-report", nargs="?", const="text", choices=("text", "json"), default=None,
                             help="Print what the KV cache holds, per layer, after generating.")  # fmt: skip
+        parser.add_argument("--kv-guard", type=float, default=None, metavar="KLD",
+                            help="Keep raw the layers whose compression changes the model's next-token distributions "
+                            "by more than this many nats, measured on the prompt's last tokens.")  # fmt: skip
         keep_parsed(module, parser)
         return parser
 
@@ -64,6 +67,10 @@ def extend_generate(module: ModuleType) -> None:
         else:
             kwargs["prompt_cache"] = generation.prompt_cache_for(model, args.kv_scheme or "fp16", **kwargs)
         link_drafts(kwargs["prompt_cache"], model, kwargs.get("draft_model"))
+        if args.kv_guard is not None:
+            if args.kv_scheme is None or args.prompt_cache_file is not None:
+                raise ValueError(generation.GUARD_NEEDS)
+            prompt = generation.guarded(model, tokenizer, prompt, args.kv_guard, kwargs)
         text = generate(model, tokenizer, prompt, **kwargs)
         told = report(kwargs["prompt_cache"])
         module._turboquant_report = {"text": str(told), "json": told.to_json()}.get(args.kv_report)
