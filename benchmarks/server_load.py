@@ -2,12 +2,18 @@
 
     python benchmarks/server_load.py [--model MODEL] [--kv-scheme turbo4] [--clients 8] [--turns 4] [--requests 200]
                                      [--max-tokens 16] [--dtype float32]
+    python benchmarks/server_load.py --minutes 20 --clients 32 [--tiny] [--kv-memory-limit 64MB] [--kv-queue-seconds 5]
 
 Starts `mlx_turboquant.server` twice, as a process of its own. The first answers the first conversation of every client,
 one after the other; the second serves all clients at once, as many conversations as make up the requests. The first
 server's answers are compared with the second's. Without --model it is SmolLM2-135M (`pip install ".[demo]"`). Float32
 by default, since 16 bits round differently for another size of batch. Prints a table, then one line of JSON; exits with
 1 if an answer differs or a later turn found no prefix.
+
+With --minutes the clients ask for so long: conversations of mixed lengths, of which a few are cancelled amid their
+stream, and requests that are wrong on purpose (`server_soak.py`). It exits with 1 if an answer is wrong or lost, an
+error is answered wrongly, something still runs at the end, the KV bytes exceed their limit, or memory grows with the
+requests. --tiny takes a random model of 2 layers instead of SmolLM2, for machines where that is too slow.
 """
 
 import argparse
@@ -27,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import server_soak
 from mlx.utils import tree_flatten
 
 from mlx_turboquant.cli.evaluate import card, expand, load_model
@@ -53,13 +60,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path | str, scheme: str, clients: int) -> Iterator[Server]:
-    """A server process, until the block ends."""
+def serving(model: Path | str, scheme: str, clients: int, *more: object) -> Iterator[Server]:
+    """A server process with these and more flags, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Room for the conversations that go on, the checkpoint of each, and as many that have ended.
-    flags = ["--port", port, "--kv-scheme", scheme, "--prompt-cache-size", 3 * clients, "--log-level", "WARNING"]
+    flags = ["--port", port, "--kv-scheme", scheme, "--prompt-cache-size", 3 * clients, "--log-level", "WARNING", *more]
     command = [sys.executable, "-m", "mlx_turboquant.server", "--model", model, *flags]
     environment = {**os.environ, "MLX_ENABLE_TF32": os.environ.get("MLX_ENABLE_TF32", "0")}
     process = subprocess.Popen([str(part) for part in command], env=environment, stderr=subprocess.DEVNULL)
@@ -181,7 +188,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="at least clients times turns (200)")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
+    parser.add_argument("--minutes", type=float, help="mixed traffic for so long, instead of so many requests")
+    parser.add_argument("--kv-memory-limit", help="of the server, with --minutes")
+    parser.add_argument("--kv-queue-seconds", type=float, default=60, help="of the server, with --kv-memory-limit (60)")
+    parser.add_argument("--tiny", action="store_true", help="a random model of 2 layers that reads letters")
     args = parser.parse_args()
+    if args.tiny and args.model is not None:
+        parser.error("--tiny and --model both name a model: leave out one")
+    if args.minutes is None and args.kv_memory_limit is not None:
+        parser.error("--kv-memory-limit wants --minutes beside it")
+    if args.minutes is not None:
+        sys.exit(soak(args))
     if min(args.clients, args.turns, args.max_tokens) < 1 or args.requests < args.clients * args.turns:
         parser.error("--clients, --turns and --max-tokens must be at least 1, --requests at least clients times turns")
     topics = pydoc_data.topics.topics
@@ -199,6 +216,40 @@ def main() -> None:
     print(table(report))
     print(json.dumps(report))
     sys.exit(0 if report["answers_equal"] == report["answers_compared"] and report["hits_missed"] == 0 else 1)
+
+
+def soak(args: argparse.Namespace) -> int:
+    """Mixed traffic for --minutes; 1 if something was wrong."""
+    topics = pydoc_data.topics.topics
+    words = " ".join(topics[key] for key in sorted(topics)).split()
+    if args.tiny:
+        words = [word[:2] for word in words]  # each letter is a token: 140 to 600 of them
+    # So many that the store has forgotten a conversation before it is asked for again.
+    systems = [conversation(i, words) for i in range(4 * args.clients)]
+    flags = ["--max-prompt-tokens", server_soak.PROMPT_LIMIT]
+    with server_soak.tiny_model() if args.tiny else expanded(args.model, args.dtype) as folder:
+        with serving(folder, args.kv_scheme, args.clients, *flags) as server:
+
+            def ask(body: dict) -> dict:
+                return server.ask("/v1/chat/completions", body)
+
+            alone = [
+                list(server_soak.turns(ask, i, system, QUESTIONS[:2], args.max_tokens))
+                for i, system in enumerate(systems)
+            ]
+        if args.kv_memory_limit is not None:
+            flags += ["--kv-memory-limit", args.kv_memory_limit, "--kv-queue-seconds", args.kv_queue_seconds]
+        with serving(folder, args.kv_scheme, args.clients, *flags) as server:
+            run = server_soak.Soak(server.port, systems, alone, QUESTIONS[:2], args.max_tokens)
+            run.run(args.clients, args.minutes)
+            end = time.monotonic() + 60  # cancelled ones are noticed when their next word is written
+            while (last := run.health())["kv_cache"]["active"]["sequences"] and time.monotonic() < end:
+                time.sleep(0.5)
+    print(card("a random model of 2 layers" if args.tiny else args.model or "SmolLM2-135M-Instruct", args.dtype))
+    report = {"kv_scheme": args.kv_scheme, "clients": args.clients, "minutes": args.minutes, **run.summary(last)}
+    print(run.table(report))
+    print(json.dumps(report))
+    return int(run.failed(report))
 
 
 def summary(args: argparse.Namespace, alone: list, answers: list, memory: list[dict], seconds: float) -> dict:

@@ -15,6 +15,9 @@ import mlx.core as mx
 
 # Channels that queries or keys leave (almost) unused get a share of the mean, so that no factor explodes.
 BALANCE_FLOOR = 1e-3
+# Larger entries are clipped before they are encoded, so that float32 holds a block's sum, a balanced row (factors stay
+# below 600 up to a head size of 512) and the sums in its rotation. No float16 reaches it.
+LARGEST = 1e33
 
 
 def finite_or_zero(x: mx.array) -> mx.array:
@@ -24,7 +27,7 @@ def finite_or_zero(x: mx.array) -> mx.array:
 
 
 def block_centers(keys: mx.array, block: int) -> mx.array:
-    """The mean key of every block, over finite entries.
+    """The mean key of every block, over finite entries, those beyond `LARGEST` clipped.
 
     Args:
         keys: (B, Hkv, T, D), any float dtype, T a multiple of block.
@@ -36,16 +39,25 @@ def block_centers(keys: mx.array, block: int) -> mx.array:
     B, H, T, D = keys.shape
     blocks = keys.reshape(B, H, T // block, block, D)
     count = mx.isfinite(blocks).sum(axis=3)
-    return (finite_or_zero(blocks).sum(axis=3) / mx.maximum(count, 1)).astype(keys.dtype)
+    return (_clipped(finite_or_zero(blocks)).sum(axis=3) / mx.maximum(count, 1)).astype(keys.dtype)
 
 
 def subtract_centers(keys: mx.array, centers: mx.array | None) -> mx.array:
-    """Keys (B, Hkv, T, D) less their block's centre, float32; a NaN or infinite entry becomes 0, that is its centre."""
+    """Keys (B, Hkv, T, D) less their block's centre, float32, at most `LARGEST` in size.
+
+    A NaN or infinite entry becomes 0, that is its centre.
+    """
     if centers is None:
-        return finite_or_zero(keys)
+        return _clipped(finite_or_zero(keys))
     B, H, T, D = keys.shape
     blocks = keys.reshape(B, H, centers.shape[2], -1, D).astype(mx.float32)
-    return finite_or_zero(blocks - centers[:, :, :, None].astype(mx.float32)).reshape(B, H, T, D)
+    return _clipped(finite_or_zero(blocks - centers[:, :, :, None].astype(mx.float32))).reshape(B, H, T, D)
+
+
+def in_dtype(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """x float32 in a dtype, numbers beyond its largest finite one clipped: a decoded row may be larger than it was."""
+    most = mx.finfo(dtype).max
+    return mx.clip(x, -most, most).astype(dtype)
 
 
 def balance_factors(query_squares: mx.array, key_squares: mx.array) -> mx.array:
@@ -64,5 +76,10 @@ def balance_factors(query_squares: mx.array, key_squares: mx.array) -> mx.array:
 
 
 def _log_floored(energy: mx.array) -> mx.array:
+    energy = mx.minimum(energy, mx.finfo(mx.float32).max)  # squares of entries from 1e19 on are infinite
     energy = energy / mx.maximum(energy.max(axis=-1, keepdims=True), 1e-37)  # its scale cancels in the factors
     return mx.log(mx.maximum(energy + BALANCE_FLOOR * energy.mean(axis=-1, keepdims=True), 1e-37))
+
+
+def _clipped(x: mx.array) -> mx.array:
+    return mx.clip(x, -LARGEST, LARGEST)

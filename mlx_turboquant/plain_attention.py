@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_turboquant.conditioning import finite_or_zero
+from mlx_turboquant.conditioning import finite_or_zero, in_dtype
 from mlx_turboquant.ops.lookup import on_cpu
 from mlx_turboquant.tensor import CompressedRows, PackedTensor
 
@@ -75,7 +75,7 @@ def attend_pieces(
         logits = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, Hkv, G, 1), (B, Hkv, G, L)).reshape(B, Hkv, -1, 1)
         raw.append(_Piece(logits, mx.ones_like(logits), mx.zeros((B, Hkv, G * L, Dv))))
     _, total, sums = _merged(raw)
-    return (sums / mx.maximum(total, 1e-37)).reshape(B, H, L, Dv).astype(queries.dtype)
+    return in_dtype(sums / mx.maximum(total, 1e-37), queries.dtype).reshape(B, H, L, Dv)
 
 
 def _piece_tokens(numbers: int, queries: int) -> int:

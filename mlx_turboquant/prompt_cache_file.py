@@ -1,6 +1,5 @@
 """Write a prompt cache to a file so that it is never half there, and read one back so that a wrong one is refused."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,17 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache.file_layout import Layout, layout_of
+from mlx_turboquant.cache.file_states import KINDS, make_caches
 from mlx_turboquant.cache.saved_state import FORMAT_VERSION
-from mlx_turboquant.files import written_whole
+from mlx_turboquant.files import open_regular, written_whole
+from mlx_turboquant.files.safetensors import MAX_HEADER_BYTES, read_header, shown
 from mlx_turboquant.fingerprint import fingerprint
 from mlx_turboquant.mlx_lm_hooks import hook
 from mlx_turboquant.scheme_file import mismatch, resolve
 from mlx_turboquant.shard import rank_files, rank_path, shard_in, shard_of
 
 _FORMAT, _SCHEME, _MODEL = "mlx_turboquant_format", "mlx_turboquant_scheme", "mlx_turboquant_model"
-_MAX_HEADER_BYTES = 64 << 20
-_CLASSES = (
-    "KVCache", "QuantizedKVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache", "CacheList",
-    "ConcatenateKVCache", "BatchKVCache", "BatchRotatingKVCache", "TurboQuantKVCache",
-    "RawLayerCache", "SingleKVCache",
-)  # fmt: skip
 
 
 def save_prompt_cache(
@@ -47,7 +43,8 @@ def save_prompt_cache(
 
     Raises:
         OSError: if the folder cannot be written to; an older file of this name is then untouched.
-        ValueError: if several processes run together and neither the cache nor `model` says whose share this is.
+        ValueError: if several processes run together and neither the cache nor `model` says whose share this is, or
+            the metadata is too long to be read again.
     """
     path = Path(file_name)
     if path.suffix != ".safetensors":
@@ -68,6 +65,7 @@ def save_prompt_cache(
     try:
         with written_whole(path) as aside:
             mlx_lm_cache.save_prompt_cache(aside, cache, metadata)
+            _check_length(aside)
     except RuntimeError as error:  # MLX reports a failed write this way
         raise OSError(f"[save_prompt_cache] Could not write {path}: {error}") from error
     return path
@@ -91,14 +89,16 @@ def load_prompt_cache(
     Raises:
         OSError: if the file cannot be read.
         ValueError: if it is no prompt cache, is cut short or damaged, or is of another version, scheme or model, or
-            of another rank or number of ranks.
+            of another rank or number of ranks. All that the file says of itself is checked before MLX reads it, and
+            each layer's state before it becomes a cache; only the numbers in its arrays are taken as they are.
     """
     path = _path_to_read(Path(file_name), model)
-    _check_file(path)
+    layout = _check_file(path)
+    metadata = layout.metadata
     try:
-        cache, metadata = mlx_lm_cache.load_prompt_cache(str(path), return_metadata=True)
+        cache = list(make_caches(layout.kinds, layout.states(mx.load(str(path)))))
         mx.eval([c.state for c in cache])
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, RuntimeError) as error:
         raise _error(path, str(error)) from error
     if kv_scheme is not None:
         wanted, held = resolve(kv_scheme), [c.scheme for c in cache if isinstance(c, TurboQuantKVCache)]
@@ -150,29 +150,41 @@ def _path_to_read(path: Path, model: Any) -> Path:
     raise FileNotFoundError(f"[load_prompt_cache] There is no {own}.{why}")
 
 
-def _check_file(path: Path) -> None:
-    """Read the header of a safetensors file and refuse what MLX would trip over."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if path.suffix != ".safetensors" or size < 10 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise _error(path, f"no safetensors header in a file of {size:,} bytes")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__")
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        classes = [metadata[key] for key in metadata if key.startswith("1.")]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _error(path, f"its header does not describe one ({type(error).__name__}: {error})") from error
-    if not all(isinstance(end, int) for end in ends) or max(ends, default=0) != size - 8 - length:
-        raise _error(path, f"it holds {size - 8 - length:,} bytes of arrays, its header says {max(ends, default=0)!r}")
-    if not classes or (unknown := [c for c in classes if c not in _CLASSES]):
-        raise _error(path, f"unknown kinds of cache: {', '.join(map(repr, unknown if classes else ['none']))}")
-    version = metadata.get(f"0.{_FORMAT}", str(FORMAT_VERSION))
+def _check_file(path: Path) -> Layout:
+    """What a file holds, from its header alone; refused is what MLX would trip over and what is no prompt cache.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no prompt cache of this version.
+    """
+    with open_regular(path, "load_prompt_cache") as file:
+        try:
+            if path.suffix != ".safetensors":  # MLX goes by it
+                raise ValueError(f"wanted a name that ends with .safetensors, got {path.name}")
+            layout = layout_of(read_header(file))
+        except ValueError as error:
+            raise _error(path, str(error)) from error
+    if not layout.kinds or (unknown := [kind for kind in layout.kinds if kind not in KINDS]):
+        raise _error(path, f"unknown kinds of cache: {shown(unknown[:5] if layout.kinds else ['none'])}")
+    version = layout.metadata.get(_FORMAT, str(FORMAT_VERSION))
     if version != str(FORMAT_VERSION):
-        raise _error(path, f"format version {FORMAT_VERSION} is supported, got {version!r}")
+        raise _error(path, f"format version {FORMAT_VERSION} is supported, got {shown(version)}")
+    return layout
+
+
+def _check_length(path: str) -> None:
+    """Refuse to write a header that would not be read again."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"[save_prompt_cache] wanted metadata that fits into a header of {MAX_HEADER_BYTES:,} bytes, got one of "
+            f"{length:,}. Store less text with the cache."
+        )
 
 
 def _error(path: Path, reason: str) -> ValueError:
-    return ValueError(f"[load_prompt_cache] {path} is not a prompt cache that can be loaded: {reason}.")
+    reason = reason.rstrip(".")
+    return ValueError(
+        f"[load_prompt_cache] {path} is not a prompt cache that can be loaded: {reason}. Save the prompt again."
+    )

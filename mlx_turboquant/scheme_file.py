@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_turboquant.files import written_whole
+from mlx_turboquant.files import open_regular, written_whole
+from mlx_turboquant.files.safetensors import shown, strict_json
 from mlx_turboquant.scheme import KVScheme
 
 FORMAT = 1
+_MAX_BYTES, _MAX_LAYERS, _MAX_LETTERS = 1 << 20, 4096, 200
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,31 @@ def resolve(kv_scheme: Any) -> KVScheme | LayerSchemes:
 def load(path: str | os.PathLike) -> LayerSchemes:
     """Read a scheme file; errors as for `resolve`."""
     path = Path(path)
-    with open(path, "rb") as file:
-        raw = file.read(1 << 20)
+    with open_regular(path, "scheme file") as file:
+        raw = file.read(_MAX_BYTES + 1)
     try:
-        data = json.loads(raw)
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {FORMAT} is supported, got {data['format']!r}")
+        if len(raw) > _MAX_BYTES:
+            raise ValueError(f"wanted at most {_MAX_BYTES:,} bytes, got more")
+        data = strict_json(raw)
+        if type(data["format"]) is not int or data["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT} is supported, got {shown(data['format'])}")
         layers, model = data["layers"], data.get("model", "")
         if not isinstance(layers, list) or not layers or not all(isinstance(text, str) for text in layers):
             raise ValueError("'layers' must be a list of scheme texts")
-        if not isinstance(model, str):
-            raise ValueError("'model' must be text")
+        if len(layers) > _MAX_LAYERS or any(len(text) > _MAX_LETTERS or not text.isprintable() for text in layers):
+            raise ValueError(
+                f"'layers' must be at most {_MAX_LAYERS} printable texts of at most {_MAX_LETTERS} letters"
+            )
+        if not isinstance(model, str) or not model.isprintable() or len(model) > _MAX_LETTERS:
+            raise ValueError(f"'model' must be printable text of at most {_MAX_LETTERS} letters")
         schemes = tuple(KVScheme.parse(text) for text in layers)
         if any(scheme.method == "mlx" for scheme in schemes):
             raise ValueError("a layer's scheme must be fp16 or one that compresses, and not mlx-lm's own cache (mlx)")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"[scheme file] {path} is not a scheme file: {what}.") from error
+    except (ValueError, KeyError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ValueError(
+            f"[scheme file] {path} is not a scheme file: {what}. Write one with mlx_turboquant.plan."
+        ) from error
     return LayerSchemes(schemes, model, f"@{path}")
 
 

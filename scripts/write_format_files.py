@@ -46,7 +46,7 @@ INDEXES = {
 
 
 def write_cache(path: Path, scheme: str, dim: int, value_dim: int, dtype, prompt: int, decoded: int, bound) -> None:
-    """A compressed layer of 2 heads after so many tokens; without decoded ones, beside one that mlx-lm's class holds."""
+    """A compressed layer of 2 heads after so many tokens; without decoded ones, beside a layer that stays raw."""
     random = np.random.default_rng(len(path.name))
 
     def rows(count: int, size: int, heads: int = 2) -> mx.array:

@@ -56,7 +56,7 @@ class Sequence:
         sinks, packed: how many tokens are set apart at the front and how many follow encoded; 0 while it is raw.
         fresh: packed tokens from here on were encoded since they were last compared.
         before: the rows that were encoded last: where they begin, keys and values as they were; None once compared.
-        sums: of the prompt's queries, float64; None before any.
+        sums: of the prompt's queries, float32; None before any.
         newest: of the last call's queries, which may have been a decode step's.
     """
 
@@ -100,6 +100,7 @@ class Sequence:
     def keep(self, which):
         """Hold on to some of the tokens."""
         self.rows, self.positions = [side[:, which] for side in self.rows], self.positions[which]
+        self.before = None
 
     def due(self, padding=0):
         """Tokens that are encoded next: whole blocks behind the sinks that are older than the window."""
@@ -118,7 +119,7 @@ class Sequence:
         sides = [self.shape.array(side[:, start : start + count]) for side in self.rows]
         if self.quantizers is None:
             self.quantizers = self.shape.quantizers()
-            queries = None if self.sums is None else mx.array(self.sums.astype(np.float32))[None]
+            queries = None if self.sums is None else mx.array(self.sums)[None]
             for quantizer, rows in zip(self.quantizers, sides, strict=True):
                 quantizer.fit(rows, queries)
         self.before = start, [side[:, start : start + count].copy() for side in self.rows]
@@ -131,10 +132,10 @@ class Sequence:
         return count
 
     def make_room(self, new, padding=0):
-        """Drop the oldest whole blocks behind the sinks so that so many tokens fit into the bound."""
+        """Drop the oldest whole blocks behind the sinks so that so many tokens fit into the bound; whether any did."""
         scheme, bound, held = self.shape.scheme, self.shape.max_size, self.held - padding
         if bound is None or held + new <= bound:
-            return
+            return False
         wanted = -(-max(held + new - bound, bound // 16) // scheme.block)
         count = min(wanted, (held - scheme.sinks - scheme.window) // scheme.block - 1) * scheme.block
         if self.packed and count >= self.packed:
@@ -143,6 +144,7 @@ class Sequence:
             self.packed, self.fresh = self.packed - count, max(self.fresh - count, 0)
         first = np.arange(self.held)
         self.keep((first < scheme.sinks) | (first >= scheme.sinks + count))
+        return True
 
     def can_trim(self, n):
         """Whether the token that the newest would then be is still held."""
@@ -164,7 +166,7 @@ class Sequence:
         """Queries (Hq, L, D) that met this sequence raw: few of them may have been a decode step's."""
         rows = queries.astype(np.float64).reshape(self.shape.heads, -1, queries.shape[-1])
         new = rows.swapaxes(1, 2) @ rows if wanted == "moments" else np.square(rows).sum(axis=1)
-        self.newest = new if wanted else None
+        self.newest = new.astype(np.float32) if wanted else None
 
     def count_newest(self):
         """What was held back was prompt."""
@@ -217,7 +219,8 @@ class Single:
             self.compress()
 
     def compress(self):
-        self.sequence.make_room(1)
+        if self.sequence.make_room(1):
+            self.undo = []  # it needs tokens that are gone
         return self.sequence.encode()
 
     def trim(self, n):
@@ -331,5 +334,5 @@ class Batch:
 
     def extract(self, i):
         single = Single(self.shape, copy.deepcopy(self.sequences[i]))
-        single.chunk_ended = self.chunk_ended
+        single.chunk_ended = self.chunk_ended and single.sequence.held > 0
         return single

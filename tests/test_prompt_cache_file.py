@@ -12,7 +12,7 @@ from schemes import SCHEMES
 
 import mlx_turboquant
 from mlx_turboquant import KVScheme, TurboQuantKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
-from mlx_turboquant import prompt_cache_file as files
+from mlx_turboquant.cache.file_states import KINDS
 from mlx_turboquant.scheme_file import LayerSchemes
 
 
@@ -228,7 +228,7 @@ def test_a_state_that_does_not_fit_is_refused(model, change, message):
 
 
 def test_known_classes_exist():
-    assert all(hasattr(mlx_lm_cache, name) for name in files._CLASSES)
+    assert all(hasattr(mlx_lm_cache, name) for name in KINDS)
 
 
 def test_a_share_of_a_model_gets_a_file_of_its_own(model, tmp_path):

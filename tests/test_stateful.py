@@ -32,6 +32,7 @@ from mlx_turboquant.tensor import CompressedRows, RaggedRows
 
 EXAMPLES = int(os.environ.get("MLX_TURBOQUANT_STATEFUL", "0"))
 MOST_TOKENS, MOST_SINGLES, MOST_SEQUENCES = 220, 3, 4
+NOTES = []
 STEPS = {"calls": 0, "tokens": 0}  # how much was run, for whoever asks
 
 # What a block may lose, as a part of its energy (for centred keys, of what is left): twice the distortion for Gaussian
@@ -87,13 +88,20 @@ def parts_of(cache, index=None):
 def all_arrays(thing, found):
     """Every array that a cache holds, but not what all caches share (rotations, codebooks) nor what readers keep."""
     if isinstance(thing, mx.array):
-        found[id(thing)] = thing
+        found.append(thing)
     elif isinstance(thing, (list, tuple)):
         for part in thing:
             all_arrays(part, found)
     elif type(thing).__name__ in ("RowBuffer", "PackedBuffer", "RaggedStore"):
         all_arrays(list(vars(thing).values()), found)
     return found
+
+
+class Draft:
+    """A draft model's cache, as far as it is asked."""
+
+    def __init__(self, offset):
+        self.offset = offset
 
 
 class Caches(RuleBasedStateMachine):
@@ -149,15 +157,29 @@ class Caches(RuleBasedStateMachine):
         STEPS["tokens"] += B * L
 
     def observe(self, cache, model, sequences, queries, keys):
-        """What the prompt's queries weigh: those of sequences that were read raw."""
-        wanted = cache._quantizers[0].queries_wanted
-        compressed = not isinstance(keys, (mx.array, RaggedRows))
+        """What the prompt's queries weigh: those of sequences that were read raw. Compared, then kept as it was rounded."""
+        wanted, compressed = cache._quantizers[0].queries_wanted, not isinstance(keys, (mx.array, RaggedRows))
         for i, sequence in enumerate(sequences):
             valid = queries.shape[2] if isinstance(model, Single) else model.valid[i]
-            if not sequence.packed and not compressed:
+            if not sequence.packed and not compressed and wanted:
                 sequence.observe(queries[i, :, :valid], wanted)
                 if queries.shape[2] > 8:
                     sequence.count_newest()
+                else:
+                    sequence.newest = self.near(cache._queries._newest[i], sequence.newest)
+            self.check_sums(cache, sequence, i)
+
+    def near(self, got, expected):
+        got = np.array(got)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        return got
+
+    def check_sums(self, cache, sequence, index):
+        sums = cache._queries.sums
+        if sequence.sums is None:
+            assert sums is None or not mx.any(sums[index]).item()
+        else:
+            sequence.sums = self.near(sums[index], sequence.sums)
 
     def check_mask(self, mask, positions, L, window):
         at = positions[len(positions) - L :, None]
@@ -224,6 +246,7 @@ class Caches(RuleBasedStateMachine):
             differ = (got != expected).any(axis=(0, 2))
             assert not differ[:first].any() and not differ[stop:].any()
             if differ[new].any():
+                NOTES.append((self.text, str(self.shape.dtype), self.shape.dims, len(self.batches), differ[new].mean()))
                 # Another order of sums may put a number on the other side of a cell's edge, or choose another scaling.
                 apart = np.abs(got[:, new] - expected[:, new]) > 2e-2 * (1 + np.abs(expected[:, new]))
                 assert apart.any(axis=-1).mean() <= 1 / 8
@@ -246,17 +269,11 @@ class Caches(RuleBasedStateMachine):
             assert lost <= most_lost(scheme, bits, keys=side == 0) + 1e-4, (side, lost)
 
     def check_learned(self, cache, sequence, index):
-        sums = cache._queries.sums
-        if sequence.sums is None:
-            assert sums is None or not mx.any(sums[index]).item()
-        else:
-            got = np.array(sums[index])
-            np.testing.assert_allclose(got, sequence.sums, rtol=1e-4, atol=1e-4 * np.abs(sequence.sums).max())
-            sequence.sums = got.astype(np.float64)
+        self.check_sums(cache, sequence, index)
         if sequence.quantizers is not None:
-            for ours, theirs in zip(sequence.quantizers, cache.quantizers, strict=True):
+            for ours, theirs in zip(sequence.quantizers, cache._quantizers, strict=True):
                 for a, b in zip(ours.learned or (), theirs.learned or (), strict=True):
-                    np.testing.assert_allclose(np.array(b[index]), np.array(a[0]), rtol=1e-4, atol=1e-5)
+                    np.testing.assert_allclose(np.array(b[index]), np.array(a[0]), rtol=1e-5, atol=1e-6)
 
     def check_bytes(self, cache, sequences):
         """Bytes are those of all arrays; and at least those of what is held, and not more than the rules for room."""
@@ -268,14 +285,14 @@ class Caches(RuleBasedStateMachine):
         held = [cache._rows, cache._queries.sums] if batch else [
             cache._tail, cache._sinks, cache._blocks, cache._queries.sums, [undo[1] for undo in cache._undo]
         ]  # fmt: skip
-        found = all_arrays([*held, cache._learned()], {})
-        assert cache.nbytes == sum(array.nbytes for array in found.values())
+        found = all_arrays([*held, cache._learned()], [])
+        assert cache.nbytes == sum(array.nbytes for array in found)
         if batch or not tokens:
             return
         (sequence,) = sequences
         packed = 0
         if sequence.packed:
-            for quantizer in cache.quantizers:
+            for quantizer in cache._quantizers:
                 shapes, kinds = quantizer.layout(1, shape.heads, sequence.packed)
                 packed += sum(int(np.prod(s)) * k.size for s, k in zip(shapes, kinds, strict=True) if s is not None)
             bits = cache.bits_per_element
@@ -321,19 +338,28 @@ class Caches(RuleBasedStateMachine):
             self.call(cache, model, 1, 1)
         self.check_all()
 
-    @rule(data=st.data(), rounds=st.lists(st.tuples(st.integers(2, 8), st.integers(0, 8)), min_size=1, max_size=4))
-    def verify(self, data, rounds):
-        """Drafts are verified, and the rejected ones taken back."""
+    @rule(
+        data=st.data(),
+        rounds=st.lists(st.tuples(st.integers(2, 8), st.integers(0, 8)), min_size=1, max_size=4),
+        last=st.sampled_from(["some", "none", "many"]),
+        many=st.integers(0, 100),
+    )
+    def verify(self, data, rounds, last, many):
+        """Drafts are verified, and the rejected ones taken back; after the last call more than those, or nothing yet."""
         cache, model = self.singles[self.pick(data)]
-        for count, rejected in rounds:
+        for i, (count, rejected) in enumerate(rounds):
             self.trim_single(cache, model, 0)
             self.call(cache, model, 1, count)
             self.check_single(cache, model)
-            self.trim_single(cache, model, min(rejected, count - 1))
+            if i < len(rounds) - 1 or last == "some":
+                self.trim_single(cache, model, min(rejected, count - 1))
+            elif last == "many":
+                self.trim_single(cache, model, many)
         self.check_all()
 
+    @precondition(lambda self: self.shape.max_size is None)  # a draft model beside a bound is refused
     @rule(
-        data=st.data(), count=st.integers(9, 60), loop=st.booleans(), drafts=st.integers(2, 8), back=st.integers(0, 7)
+        data=st.data(), count=st.integers(9, 60), loop=st.booleans(), drafts=st.integers(2, 8), back=st.integers(0, 8)
     )
     def verify_after_a_prompt(self, data, count, loop, drafts, back):
         """The first drafts come right after the prompt; a linked draft model tells them from a chunk of it."""
@@ -341,13 +367,14 @@ class Caches(RuleBasedStateMachine):
         self.call(cache, model, 1, count)
         if loop:
             self.read_by_loop(cache, model)
-        draft = types.SimpleNamespace(offset=cache.offset + drafts - 1)
+        draft = Draft(cache.offset + drafts - 1)
         cache._draft = weakref.ref(draft)
         model.drafts = True
         self.call(cache, model, 1, drafts)
         self.check_single(cache, model)
         cache._draft, model.drafts = None, False
-        self.trim_single(cache, model, min(back, drafts - 1))
+        if back:
+            self.trim_single(cache, model, min(back, drafts) - 1)
         self.check_all()
 
     def trim_single(self, cache, model, n):
@@ -553,6 +580,7 @@ def test_any_sequence_of_calls_is_the_models(text, tmp_path):
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
+        phases=[Phase.generate],
     )
     run_state_machine_as_test(machine, settings=how)
+    print(STEPS, NOTES)

@@ -26,7 +26,8 @@ ROOMS = [
     {"reference_logits", "sizes", "evaluation"},
     {"planning"},
     {"verification", "inspection"},
-    {"cli", "generate", "cache_prompt", "chat", "server", "evaluate", "plan", "doctor", "inspect", "__main__", "__init__"},
+    {"cli", "generate", "cache_prompt", "chat", "server", "evaluate", "plan", "doctor", "inspect", "__main__"}
+    | {"__init__"},
 ]
 RANK = {name: row for row, names in enumerate(ROOMS) for name in names}
 

@@ -5,42 +5,89 @@ belong would end in wrong text or in an error far from the file. What is checked
 numbers in arrays are not looked at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+from mlx_turboquant.cache.raw_layer import RawLayerCache, SingleKVCache
+from mlx_turboquant.cache.saved_state import check_text
+from mlx_turboquant.cache.two_phase import TurboQuantKVCache
+from mlx_turboquant.files.safetensors import shown
+from mlx_turboquant.scheme import KVScheme
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 _INTEGERS = (mx.int32, mx.int64)
 _MAX_TOKENS = 1 << 31
-_MAX_LISTS = 4  # of caches in lists of caches
+# What mlx-lm sets where a cache is made and its `from_state` leaves out: without it the first call ends in an error.
+_NOT_SAVED = {BatchKVCache: ("_right_padding",), BatchRotatingKVCache: ("_lengths",)}
+_MAX_HEAD_SIZE = 1024  # 576 is the largest that a model has
+_MAX_MATRICES = 1 << 20  # layers share those of one method, seed and head size: 64 different ones at 128
 
 
-def make_cache(kind: Any, state: Any, depth: int = 0) -> Any:
-    """The cache of a class that `KINDS` names, in the state that a file holds.
+def make_caches(kinds: list[str], states: Iterable[Any]) -> Iterator[Any]:
+    """The caches of these classes in these states, each made when it is asked for.
 
     Args:
-        kind: name of the class.
-        state: as the class's ``state`` gives it, with lists for tuples.
-        depth: in how many `CacheList` it stands.
+        kinds: names of classes, of those in `KINDS`.
+        states: as the classes' ``state`` gives them, with lists for tuples.
 
     Raises:
-        ValueError: with the reason alone, if there is no such class or the state is none of its.
+        ValueError: with the reason alone, if there is no such class or a state is none of its.
     """
+    made: dict[tuple, int] = {}  # numbers in the matrices of a scheme, which layers share
+    for layer, (kind, state) in enumerate(zip(kinds, states, strict=True)):
+        try:
+            yield _make(kind, state, made)
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            raise ValueError(f"layer {layer}: {error}") from error
+
+
+def _make(kind: Any, state: Any, made: dict[tuple, int]) -> Any:
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kinds of cache: {ascii(kind):.80}")
-    if kind == "CacheList":
-        _check(depth < _MAX_LISTS, kind, f"lists of caches at most {_MAX_LISTS} deep", "deeper ones")
+        raise ValueError(f"unknown kind of cache {shown(kind)}")
+    cls, parts, check = KINDS[kind]
+    if cls is CacheList:
         _check(isinstance(state, list) and state, kind, "a list of caches", state)
         for pair in state:
             _check(isinstance(pair, list) and len(pair) == 2, kind, "pairs of a state and a kind", pair)
-        return mlx_lm_cache.CacheList(*(make_cache(inner, part, depth + 1) for part, inner in state))
-    parts, check = KINDS[kind]
-    if parts:
-        _check(isinstance(state, list) and len(state) == parts, kind, f"a state of {parts} parts", state)
+        return CacheList(*(_make(inner, part, made) for part, inner in state))
+    _check(isinstance(state, list), kind, "a list", state)
+    if cls is TurboQuantKVCache:
+        _matrices(kind, state, made)
+    else:
+        _check(len(state) == parts, kind, f"a state of {parts} parts", state)
         check(kind, *state)
-    return getattr(mlx_lm_cache, kind).from_state(state)
+    cache = cls.from_state(state)
+    for name in _NOT_SAVED.get(cls, ()):
+        setattr(cache, name, None)
+    return cache
+
+
+def _matrices(kind: str, state: list, made: dict[tuple, int]) -> None:
+    """Bound what a small file can make a loader compute: a scheme's matrices are as large as the head size squared."""
+    text, dims = state[1] if len(state) > 1 else None, state[5] if len(state) > 5 else None
+    if not isinstance(text, str) or not isinstance(dims, list) or not all(type(n) is int for n in dims):
+        return  # none yet, or refused by the cache itself
+    _check(max(dims[2:], default=0) <= _MAX_HEAD_SIZE, kind, f"head sizes up to {_MAX_HEAD_SIZE}", dims)
+    check_text(text)
+    scheme = KVScheme.parse(text)
+    for dim in dims[2:]:
+        if scheme.rotation == "dense" or scheme.method in ("qjl", "outlier") or dim & (dim - 1):
+            made[scheme.method, scheme.rotation, scheme.seed, dim] = dim * dim
+    numbers = sum(made.values())
+    _check(numbers <= _MAX_MATRICES, kind, f"at most {_MAX_MATRICES:,} numbers in matrices of all schemes", numbers)
 
 
 def _plain(kind: str, keys: Any, values: Any, offset: Any) -> None:
@@ -111,20 +158,23 @@ def _rotating_batch(kind: str, keys: Any, values: Any, offset: Any, padding: Any
     _check(isinstance(rotated, bool), kind, "whether it is rotated", rotated)
 
 
-# Parts of a state, and what checks them; 0 where the class checks its state itself.
-KINDS: dict[str, tuple[int, Callable | None]] = {
-    "KVCache": (3, _plain),
-    "RawLayerCache": (3, _plain),
-    "SingleKVCache": (3, _plain),
-    "ConcatenateKVCache": (2, _concatenated),
-    "QuantizedKVCache": (5, _quantized),
-    "RotatingKVCache": (6, _rotating),
-    "ChunkedKVCache": (5, _chunked),
-    "ArraysCache": (3, _arrays),
-    "CacheList": (0, None),
-    "BatchKVCache": (5, _batch),
-    "BatchRotatingKVCache": (8, _rotating_batch),
-    "TurboQuantKVCache": (0, None),
+# Class, parts of its state, and what checks them; none where the class or `_make` does it.
+KINDS: dict[str, tuple[type, int, Callable | None]] = {
+    cls.__name__: (cls, parts, check)
+    for cls, parts, check in (
+        (KVCache, 3, _plain),
+        (RawLayerCache, 3, _plain),
+        (SingleKVCache, 3, _plain),
+        (ConcatenateKVCache, 2, _concatenated),
+        (QuantizedKVCache, 5, _quantized),
+        (RotatingKVCache, 6, _rotating),
+        (ChunkedKVCache, 5, _chunked),
+        (ArraysCache, 3, _arrays),
+        (BatchKVCache, 5, _batch),
+        (BatchRotatingKVCache, 8, _rotating_batch),
+        (CacheList, 0, None),
+        (TurboQuantKVCache, 0, None),
+    )
 }
 
 
@@ -170,4 +220,4 @@ def _described(value: Any) -> str:
         return f"{value.shape} {str(value.dtype).removeprefix('mlx.core.')}"
     if isinstance(value, list):
         return f"[{', '.join(map(_described, value[:6]))}{', ...' if len(value) > 6 else ''}]"
-    return f"{ascii(value):.60}"
+    return shown(value, 60)

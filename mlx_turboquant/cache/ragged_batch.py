@@ -184,10 +184,18 @@ class BatchTurboQuantKVCache(RaggedCompression):
         return not any(self._rows.dropped)
 
     def trim(self, n: int) -> int:
-        """Forget the newest n tokens of each sequence (all, of one that has fewer); return how many of the longest."""
+        """Forget the newest n tokens of each sequence (all, of one that has fewer); return how many of the longest.
+
+        Raises:
+            ValueError: if a bounded sequence would have to go back to a token that it dropped.
+        """
         self._plain.stop()
         n = min(n, self.size())
-        if all(length.tail >= n for length in self._rows.lengths):
+        rows = self._rows
+        # One that is emptied forgets more than its rows, and one that would go back to what it dropped refuses.
+        least = [self.scheme.sinks if dropped else 0 for dropped in rows.dropped]
+        stay = all(tokens - n > few for tokens, few in zip(rows.tokens, least, strict=True))
+        if n == 0 or (stay and all(length.tail >= n for length in rows.lengths)):
             self._rows.forget_newest([n] * len(self._rows.lengths))
         else:
             singles = [self.extract(i) for i in range(len(self._rows.lengths))]

@@ -8,12 +8,14 @@ each an array or None; what is learned for a side is a list of arrays, or None i
 empty list).
 """
 
+import re
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_turboquant.cache.buffers import PackedBuffer, RowBuffer
 from mlx_turboquant.cache.schedule import tail_room
+from mlx_turboquant.files.safetensors import shown
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor
@@ -21,6 +23,11 @@ from mlx_turboquant.tensor import PackedTensor
 # 2: the high bits of 3-bit codes lie in another order; 3: the bound is a part; 4: what is learned stands in lists
 FORMAT_VERSION = 4
 _PARTS = 13
+_MAX_LETTERS = 200  # of a scheme's text and a fingerprint
+# A decoding cache's room is made again, but not a thousandfold: a window may be 65536 where a file has a row.
+_MAX_ROOM = 8
+# The module whose attention a loaded cache will read: any but MLX's own, which all models of the process share.
+_MODULE = re.compile(r"(?!mlx(\.|$))[\w.]{0,200}")
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -57,6 +64,12 @@ def restore(cache: Any, state: Any) -> None:
     _, text, layer, module, fingerprint, dims, dtype, flags, keys, values, learned, queries, bound = state
     if not all(isinstance(part, str) for part in (text, module, fingerprint)) or type(layer) is not int:
         raise _error("scheme, module and fingerprint must be text and the layer a whole number")
+    check_text(text)
+    check_text(fingerprint)
+    if layer < 0:
+        raise _error(f"the layer must be at least 0, got {layer}")
+    if not _MODULE.fullmatch(module):
+        raise _error(f"module must be the name of a model's module, got {shown(module)}")
     max_size, dropped = _bound(bound)
     cache.__init__(KVScheme.parse(text), layer, module, fingerprint, max_size)
     cache._must_bind = bool(module)
@@ -64,8 +77,8 @@ def restore(cache: Any, state: Any) -> None:
         return
 
     B, H, key_dim, value_dim = _whole_numbers("dimensions", dims, 4)
-    if dtype not in _DTYPES:
-        raise _error(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _error(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
     if not isinstance(flags, (list, tuple)) or len(flags) != 2 or not all(isinstance(f, bool) for f in flags):
         raise _error("the phase must be two booleans")
     dtype = _DTYPES[dtype]
@@ -84,6 +97,8 @@ def restore(cache: Any, state: Any) -> None:
             _check_packed(name, packed, cache, i, B, H)
         _fill(cache, i, sinks, packed, tail, mx.zeros((B, H, 0, dim), dtype))
         lengths.append([0 if a is None else a.shape[2] for a in (sinks, codes, tail)])
+        if lengths[i][0] > cache.scheme.sinks:
+            raise _error(f"{name}: at most {cache.scheme.sinks} sinks belong to scheme {text}, got {lengths[i][0]}")
     if lengths[0] != lengths[1]:
         raise _error(f"keys and values must have equally many tokens, got {lengths[0]} and {lengths[1]}")
     if lengths[0][0] and not lengths[0][1]:
@@ -99,6 +114,16 @@ def restore(cache: Any, state: Any) -> None:
     cache._queries.sums = queries
 
 
+def check_text(text: str) -> None:
+    """Refuse a scheme or a fingerprint that would fill a message, or an hour's search for the nearest known name.
+
+    Raises:
+        ValueError: if it is long or has letters that do not print.
+    """
+    if len(text) > _MAX_LETTERS or not text.isprintable():
+        raise _error(f"scheme and fingerprint must be printable text of at most {_MAX_LETTERS} letters")
+
+
 def _fill(cache: Any, side: int, sinks, packed, tail, no_rows) -> None:
     scheme = cache.scheme
     if sinks is not None:
@@ -108,7 +133,9 @@ def _fill(cache: Any, side: int, sinks, packed, tail, no_rows) -> None:
         blocks.append(packed)
         cache._blocks = (blocks, None) if side == 0 else ((cache._blocks or (None,))[0], blocks)
     rows: RowBuffer = cache._tail[side]
-    rows.append(no_rows if tail is None else tail, tail_room(scheme))
+    rows.append(no_rows if tail is None else tail)
+    if rows.length < (room := tail_room(scheme)) <= _MAX_ROOM * rows.length:
+        rows.keep(0, rows.length, room)
 
 
 def _learn(cache: Any, learned: Any, B: int, H: int) -> None:
@@ -121,7 +148,7 @@ def _learn(cache: Any, learned: Any, B: int, H: int) -> None:
     for name, quantizer, arrays in zip(("keys", "values"), cache._quantizers, learned, strict=True):
         layout, arrays = quantizer.learned_layout(B, H), arrays or ()
         if not isinstance(arrays, (list, tuple)) or len(arrays) != len(layout):
-            raise _error(f"{name}: {len(layout)} learned arrays belong to scheme {cache.scheme}, got {arrays!r:.60}")
+            raise _error(f"{name}: {len(layout)} learned arrays belong to scheme {cache.scheme}, got {shown(arrays)}")
         for array, (shape, dtype) in zip(arrays, layout, strict=True):
             if array is None:
                 raise _error(f"{name}: a learned array is missing")
@@ -157,14 +184,15 @@ def _shaped(name: str, array: Any, shape: tuple, dtype: mx.Dtype) -> None:
 def _whole_numbers(name: str, numbers: Any, count: int) -> list[int]:
     right = isinstance(numbers, (list, tuple)) and len(numbers) == count
     if not right or not all(type(n) is int and 0 < n < 2**31 for n in numbers):
-        raise _error(f"{name} must be {count} whole numbers above 0, got {numbers!r}")
+        raise _error(f"{name} must be {count} whole numbers above 0, got {shown(numbers)}")
     return list(numbers)
 
 
 def _bound(bound: Any) -> tuple[int | None, int]:
     pair = isinstance(bound, (list, tuple)) and len(bound) == 2
-    if not pair or type(bound[1]) is not int or bound[1] < 0 or (bound[0] is None and bound[1] > 0):
-        raise _error(f"the bound must be [tokens or None, tokens dropped], got {bound!r}")
+    whole = pair and all(type(n) is int and 0 <= n < 2**31 for n in bound if n is not None) and bound[1] is not None
+    if not whole or (bound[0] is None and bound[1] > 0):
+        raise _error(f"the bound must be [tokens or None, tokens dropped], got {shown(bound)}")
     return tuple(bound)
 
 

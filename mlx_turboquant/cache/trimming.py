@@ -22,22 +22,22 @@ def trim(cache: Any, n: int) -> int:
     cache._plain.stop()
     undo = next((before for before in cache._undo if before[0] > cache.offset - n), None)
     cache._undo = []
-    if undo is not None and n < cache.offset:
-        _undo(cache, n, *undo[1:])
-        return n
     if n == cache.offset:
         cache._reset()
-    elif kept >= cache.size() - cache.tail_tokens:
+        return n
+    if undo is not None:
+        _undo(cache, *undo[1:])
+    newest = cache.size() - kept
+    if newest <= cache.tail_tokens:
         for rows in cache._tail:
-            rows.truncate(rows.length - n)
+            rows.truncate(rows.length - newest)
     else:
         _cut_blocks(cache, kept)
     return n
 
 
-def _undo(cache: Any, n: int, tails: list[tuple], blocks: int) -> None:
-    """Trim to before something was encoded inside the last call: single steps would not have encoded it yet."""
-    kept = cache.size() - n
+def _undo(cache: Any, tails: list[tuple], blocks: int) -> None:
+    """Go back to before something was encoded inside the last call: single steps would not have encoded it yet."""
     for rows, (array, length) in zip(cache._tail, tails, strict=True):
         rows.array, rows.length = array, length
     if blocks:
@@ -46,9 +46,6 @@ def _undo(cache: Any, n: int, tails: list[tuple], blocks: int) -> None:
     else:
         cache._sinks = cache._blocks = None
         cache._forget_learned()
-    excess = cache.size() - kept
-    for rows in cache._tail:
-        rows.truncate(rows.length - excess)
 
 
 def _cut_blocks(cache: Any, kept: int) -> None:

@@ -8,10 +8,10 @@ COMMANDS = {
     "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
     "chat": "mlx_lm.chat with --kv-scheme and --kv-report",
     "server": "mlx_lm.server with --kv-scheme; /health tells the KV bytes",
-    "evaluate": "KLD, perplexity and top-1 agreement of schemes against the fp16 cache",
+    "evaluate": "KLD, perplexity and top-1 agreement against the fp16 cache",
     "plan": "bits for each layer under a budget of memory or quality",
     "doctor": "this machine, its backend, and a self-test of the kernels",
-    "index": "build, search and describe an index of vectors in 1 to 8 bits a value",
+    "index": "an index of vectors in 1 to 8 bits a value: build, search, info",
     "inspect": "what a prompt cache, an index or a scheme file holds",
     "hook": "make the literal mlx_lm commands take --kv-scheme (opt-in)",
 }

@@ -21,7 +21,7 @@ Please run scripts/check_kernels in a checkout and paste the line of JSON that i
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    out = argparse.ArgumentParser(prog="mlx_turboquant.doctor", description=__doc__.split("\n\n")[0])
+    out = argparse.ArgumentParser(prog="mlx_turboquant.doctor", description=__doc__.replace("``", ""))
     out.add_argument("--backend", help=f"{', '.join(BACKENDS)}; the default is {VARIABLE}, else what the device has")
     out.add_argument("--json", action="store_true", help="end with one line of JSON")
     return out

@@ -25,7 +25,7 @@ DEFAULT_SCHEMES = "turbo0v4,turbo8,turbo4,turbo3,turbo4v2,turbo2,mlx8,mlx4"
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    out = argparse.ArgumentParser(prog="mlx_turboquant.evaluate", description=__doc__)
+    out = argparse.ArgumentParser(prog="mlx_turboquant.evaluate", description=__doc__.replace("``", ""))
     out.add_argument("--model", required=True, help="folder or Hugging Face repo of an mlx-lm model")
     out.add_argument("--kv-scheme", default=DEFAULT_SCHEMES, help=f"schemes, separated by commas ({DEFAULT_SCHEMES})")
     out.add_argument("--text", default="pydoc", help="pydoc (offline, the default), wikitext, or a file")

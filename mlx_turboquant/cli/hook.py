@@ -35,14 +35,19 @@ def status() -> str:
     return f"{state} ({path})"
 
 
-def main() -> None:
-    """Install, remove or show the hook."""
-    parser = argparse.ArgumentParser(prog="mlx_turboquant hook", description=__doc__.split("\n\n")[0])
-    action = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    out = argparse.ArgumentParser(prog="mlx_turboquant hook", description=__doc__.split("\n\n")[0].replace("`", ""))
+    action = out.add_mutually_exclusive_group(required=True)
     action.add_argument("--install", action="store_true", help=f"write {NAME} into site-packages")
     action.add_argument("--remove", action="store_true", help="delete it")
     action.add_argument("--status", action="store_true", help="say whether it is there")
-    args = parser.parse_args()
+    return out
+
+
+def main() -> None:
+    """Install, remove or show the hook."""
+    args = parser().parse_args()
     path = pth_path()
     with one_line_errors("mlx_turboquant hook"):
         if args.install:

@@ -1,10 +1,11 @@
-"""``mlx_turboquant.index``: build, search and describe an index of vectors in 1 to 8 bits a value.
+"""``mlx_turboquant.index``: an index of vectors in 1 to 8 bits a value.
 
     build vectors.npy vectors.tqi --bits 4 --metric cosine --keep float16
     search vectors.tqi queries.npy -k 10 --output results.npz --rerank 100
     info vectors.tqi
 
-Vectors and queries are .npy matrices of any float dtype or .fvecs files; both are read piece by piece, never whole.
+Vectors and queries are .npy matrices of any float dtype or .fvecs files; both
+are read piece by piece, never whole.
 """
 
 import argparse
@@ -33,10 +34,14 @@ SHOWN_QUERIES, SHOWN_NEIGHBOURS = 10, 5
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     out = argparse.ArgumentParser(
-        prog="mlx_turboquant.index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mlx_turboquant.index",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = out.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="write an index of the vectors of a file")
+    build = commands.add_parser(
+        "build", help="write an index of the vectors of a file", description="Write an index of the vectors of a file."
+    )
     build.add_argument("vectors", help=".npy or .fvecs")
     build.add_argument("index", help="file to write")
     build.add_argument("--bits", type=float, choices=WIDTHS, default=4, metavar="BITS",
@@ -45,14 +50,14 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--keep", choices=("float16", "int8"), help="keep the vectors beside the codes, for --rerank")
     build.add_argument("--ids", help=".npy or .ivecs of the vectors' ids (0, 1, ...)")
     build.add_argument("--seed", type=int, default=0, help="of the random rotation (0)")
-    search = commands.add_parser("search", help="find the nearest vectors")
+    search = commands.add_parser("search", help="find the nearest vectors", description="Find the nearest vectors.")
     search.add_argument("index", help="file written by build")
     search.add_argument("queries", help=".npy or .fvecs")
     search.add_argument("-k", type=int, default=10, help="how many for each query (10)")
     search.add_argument("--rerank", type=int, default=0, help="score so many again with the kept vectors (0: none)")
     search.add_argument("--truth", help=".npy or .ivecs of the true nearest ids, nearest first: prints the recall")
     search.add_argument("--output", metavar="FILE.npz", help="write D (scores) and I (ids) instead of showing some")
-    info = commands.add_parser("info", help="tell what an index holds")
+    info = commands.add_parser("info", help="tell what an index holds", description="Tell what an index holds.")
     info.add_argument("index", help="file written by build")
     info.add_argument("--json", action="store_true", help="as one line of JSON")
     return out

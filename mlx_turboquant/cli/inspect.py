@@ -18,7 +18,9 @@ from mlx_turboquant.inspection import inspect_file
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     out = argparse.ArgumentParser(
-        prog="mlx_turboquant.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mlx_turboquant.inspect",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("file", help="the file to look into")
     out.add_argument("--no-norms", action="store_true", help="read no rows: bytes and tokens only, at once")

@@ -15,7 +15,9 @@ def check_plot(file: str, no_norms: bool) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("[--plot] wanted matplotlib, got an environment without. Do: pip install matplotlib") from error
+        raise ValueError(
+            "[--plot] wanted matplotlib, got an environment without. Do: pip install matplotlib"
+        ) from error
     path = Path(file)
     if path.suffix != ".png" or not path.absolute().parent.is_dir():
         raise ValueError(f"[--plot] wanted a .png in a folder that exists, got {file}. Name another.")
@@ -34,7 +36,7 @@ def plot(facts: dict[str, Any], file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (bytes_axes, *norm_axes) = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, layout="constrained")
     layers = facts["layers"]
@@ -45,17 +47,20 @@ def plot(facts: dict[str, Any], file: str) -> None:
         bytes_axes.bar(numbers, sizes, bottom=base, label=part)
         base = [below + size for below, size in zip(base, sizes, strict=True)]
     bytes_axes.set(ylabel="bytes", title=f"{Path(facts['file']).name}: {facts['tokens']:,} tokens")
-    bytes_axes.legend()
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    bytes_axes.legend(**beside)
     for axes, side in zip(norm_axes, ("keys", "values"), strict=True):
         told = [(layer["layer"], layer["norms"][side]) for layer in layers if layer["norms"]]
         told = [(number, norms) for number, norms in told if norms["least"] is not None]
         where = [number for number, _ in told]
         for name, marker in (("most", "^"), ("mean", "o"), ("least", "v")):
             axes.plot(where, [norms[name] for _, norms in told], marker, label=name)
-        axes.set(yscale="log", ylabel=f"norm of decoded {side}")
+        axes.set(ylabel=f"norm of decoded {side}")
         axes.grid(alpha=0.3)
         if told:
-            axes.legend()
+            axes.set_ylim(bottom=0)
+            axes.legend(**beside)
     norm_axes[-1].set(xlabel="layer")
+    norm_axes[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Teach ``mlx_lm.server`` the flags --kv-scheme and --max-prompt-tokens.
+"""Teach ``mlx_lm.server`` the flags --kv-scheme, --max-prompt-tokens, --kv-memory-limit and --kv-queue-seconds.
 
 Its ``main`` builds the parser itself and looks every class up in its own module, so the module gets an argparse whose
 parser has our flags too, and, when one of them is used, the classes of `server_parts` in place of its own. Like
@@ -11,7 +11,8 @@ from typing import Any
 
 from mlx_turboquant.cli.mlx_lm_commands import SCHEME_HELP, keep_parsed
 
-_FLAGS = ("kv_scheme", "max_prompt_tokens")  # without any of them mlx-lm runs untouched
+_FLAGS = ("kv_scheme", "max_prompt_tokens", "kv_memory_limit")  # without any of them mlx-lm runs untouched
+QUEUE_SECONDS = 60
 _PARTS = (
     "make_prompt_cache", "stream_generate", "BatchGenerator", "LRUPromptCache", "ModelProvider", "ResponseGenerator",
     "_run_http_server",
@@ -19,7 +20,7 @@ _PARTS = (
 
 
 def extend_server(module: ModuleType) -> None:
-    """Give ``mlx_lm.server`` the flags --kv-scheme and --max-prompt-tokens."""
+    """Give ``mlx_lm.server`` our flags."""
     if hasattr(module, "_turboquant_args"):
         return
     module._turboquant_args = None
@@ -41,6 +42,12 @@ class _Argparse:
         parser.add_argument("--max-prompt-tokens", type=int, default=None,
                             help="Refuse longer prompts (default: with --kv-scheme, as many as the model's config says "
                             "that it has positions for).")  # fmt: skip
+        parser.add_argument("--kv-memory-limit", type=_bytes, default=None, metavar="BYTES",
+                            help="Most bytes of all KV caches, running and stored, e.g. 4GB (binary units). For a "
+                            "request that does not fit, stored conversations go first, then it waits.")  # fmt: skip
+        parser.add_argument("--kv-queue-seconds", type=float, default=None, metavar="SECONDS",
+                            help="How long a request may wait for --kv-memory-limit before it is answered 503 "
+                            f"(default: {QUEUE_SECONDS}).")  # fmt: skip
         keep_parsed(self._module, parser, _FLAGS)
         parse = parser.parse_args
 
@@ -48,6 +55,7 @@ class _Argparse:
             parsed = parse(*args, **kwargs)
             if parsed.max_prompt_tokens is not None and parsed.max_prompt_tokens < 1:
                 parser.error(f"--max-prompt-tokens must be at least 1, got {parsed.max_prompt_tokens}")
+            _check_queue(parser, parsed)
             self._put_in_place(parser, parsed)
             return parsed
 
@@ -66,3 +74,19 @@ class _Argparse:
         except ValueError as error:
             parser.error(str(error))
         vars(self._module).update(replaced)
+
+
+def _bytes(text: str) -> int:
+    from mlx_turboquant.cli.plan import _size
+
+    return _size(text)
+
+
+def _check_queue(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    seconds = parsed.kv_queue_seconds
+    if seconds is None:
+        parsed.kv_queue_seconds = QUEUE_SECONDS
+    elif parsed.kv_memory_limit is None:
+        parser.error("--kv-queue-seconds wants --kv-memory-limit beside it")
+    elif not 0 <= seconds < float("inf"):
+        parser.error(f"--kv-queue-seconds must be a number of at least 0, got {seconds}")

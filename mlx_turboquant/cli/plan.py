@@ -1,10 +1,11 @@
-"""``mlx_turboquant.plan``: bits for each layer under a budget of memory or quality, or a refusal.
+"""``mlx_turboquant.plan``: bits for each layer under a budget, or a refusal.
 
-    --context 32k --memory 2GB   the least KLD within 2 GB of KV cache at 32,768 tokens
+    --context 32k --memory 2GB   the least KLD within 2 GB at 32,768 tokens
     --kld 0.02                   the fewest bytes within a mean KLD of 0.02
-    --memory 2GB                 the same, and what context then fits into 2 GB
+    --memory 2GB                 the same, and what context fits into 2 GB
 
-Writes a scheme file for ``--kv-scheme @FILE.json``. Exit code 3: the model cannot meet the budget at the asked KLD.
+Writes a scheme file for ``--kv-scheme @FILE.json``. Exit code 3: the model
+cannot meet the budget at the asked KLD.
 """
 
 import argparse
@@ -38,7 +39,9 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     out = argparse.ArgumentParser(
-        prog="mlx_turboquant.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mlx_turboquant.plan",
+        description=__doc__.replace("``", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("--model", required=True, help="folder or Hugging Face repo of an mlx-lm model")
     out.add_argument("--memory", type=_size, help="for the KV cache, e.g. 8GB (binary units)")

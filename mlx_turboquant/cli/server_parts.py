@@ -4,14 +4,17 @@ import argparse
 import functools
 import json
 import logging
+import sys
 from http.server import ThreadingHTTPServer
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
 
+from mlx_turboquant.cli import server_metrics
 from mlx_turboquant.cli.server_caches import Active, PromptCaches, SchemeBatchGenerator, stream_generate
 from mlx_turboquant.cli.server_models import SchemeModelProvider, positions
+from mlx_turboquant.cli.server_refusal import RefusedError
 from mlx_turboquant.cli.server_store import CompressedPromptStore
 from mlx_turboquant.generation import check_draft_tokens
 
@@ -28,14 +31,27 @@ def parts(args: argparse.Namespace) -> dict[str, Any]:
     caches = PromptCaches(args.kv_scheme or "fp16", args.kv_bits)
     if args.draft_model is not None:
         check_draft_tokens(caches.scheme, args.num_draft_tokens)
-    active = Active()
+    active, budget = Active(), None
+    generator = functools.partial(SchemeResponseGenerator, caches, active)
+    if args.kv_memory_limit is not None:
+        from mlx_turboquant.cli.server_limit import KVBudget, LimitedResponseGenerator
+
+        if mx.distributed.init().size() > 1:
+            raise ValueError(
+                "[server] --kv-memory-limit wanted one process, got a model shared by several, whose ranks would each "
+                "decide for themselves what fits. Leave it out, or serve the model from one process."
+            )
+        budget = KVBudget(args.kv_memory_limit)
+        generator = functools.partial(LimitedResponseGenerator, budget, caches, active)
     return {
         "make_prompt_cache": caches.make,
-        "stream_generate": functools.partial(stream_generate, active),
-        "BatchGenerator": functools.partial(SchemeBatchGenerator, caches, active),
-        "LRUPromptCache": functools.partial(CompressedPromptStore, max_bytes=args.prompt_cache_bytes),
+        "stream_generate": functools.partial(stream_generate, active, budget),
+        "BatchGenerator": functools.partial(SchemeBatchGenerator, caches, active, budget),
+        "LRUPromptCache": functools.partial(
+            CompressedPromptStore, max_bytes=args.prompt_cache_bytes, left=None if budget is None else budget.left
+        ),
         "ModelProvider": SchemeModelProvider,
-        "ResponseGenerator": functools.partial(SchemeResponseGenerator, caches, active),
+        "ResponseGenerator": generator,
         "_run_http_server": run_http_server,
     }
 
@@ -45,7 +61,18 @@ class SchemeResponseGenerator(server.ResponseGenerator):
 
     def __init__(self, caches: PromptCaches, active: Active, *args: Any):
         self.caches, self.active = caches, active
+        self.refused = 0  # requests, for their KV bytes
         super().__init__(*args)  # which starts the thread
+
+    @property
+    def kv_memory_limit(self) -> int | None:
+        """The bytes that all KV caches may have together; None for no limit."""
+        return None
+
+    @property
+    def queued(self) -> int:
+        """Requests that came and have not begun."""
+        return self.requests.qsize()
 
     def kv_cache(self) -> dict[str, dict[str, int]]:
         """Sequences, bytes and the bytes they would have raw: of what is stored, and of what is being served."""
@@ -83,21 +110,36 @@ class SchemeResponseGenerator(server.ResponseGenerator):
 
 
 class SchemeHandler(server.APIHandler):
-    """mlx-lm's HTTP handler, whose /health also tells the scheme, the KV bytes and MLX's memory."""
+    """mlx-lm's HTTP handler, whose /health tells more, with /metrics, and with statuses of their own for refusals."""
+
+    def do_GET(self) -> None:  # noqa: N802, the name that http.server calls
+        """Answer a GET request."""
+        if self.path != "/metrics":
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-type", "text/plain; version=0.0.4; charset=utf-8")
+        self._set_cors_headers()
+        self.end_headers()
+        self.wfile.write(server_metrics.metrics(self.response_generator).encode())
 
     def handle_health_check(self) -> None:
-        """Answer {"status", "kv_scheme", "kv_cache": {"stored", "active"}, "memory": {"active_nbytes", ...}}."""
-        healthy = self.response_generator.is_healthy
-        answer = {
-            "status": "ok" if healthy else "unavailable",
-            "kv_scheme": str(self.response_generator.caches.scheme),
-            "kv_cache": self.response_generator.kv_cache(),
-            "memory": {"active_nbytes": mx.get_active_memory(), "peak_nbytes": mx.get_peak_memory()},
-        }
-        self._set_completion_headers(200 if healthy else 503)
+        """Answer what `server_metrics.health` tells."""
+        answer = server_metrics.health(self.response_generator)
+        self._set_completion_headers(200 if answer["status"] == "ok" else 503)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
         self.wfile.flush()
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        # mlx-lm answers 404 to whatever was raised for a request, from within its `except`.
+        error = sys.exception()
+        if not isinstance(error, RefusedError):
+            super()._set_completion_headers(status_code)
+            return
+        super()._set_completion_headers(error.status)
+        if error.retry_after is not None:
+            self.send_header("Retry-After", str(error.retry_after))
 
 
 def run_http_server(host: str, port: int, response_generator: SchemeResponseGenerator) -> None:

@@ -1,6 +1,7 @@
 """The server's store of finished conversations and prompt checkpoints: mlx-lm's, holding compressed caches."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,9 +18,16 @@ class CompressedPromptStore(LRUPromptCache):
     Args:
         max_size: how many entries it keeps.
         max_bytes: how many bytes they may have together; None for no limit.
+        left: tells how many bytes are free for them at this moment; None for no such limit.
+
+    Attributes:
+        most_nbytes: an entry whose copy has more bytes is not given out; None for no limit. (The copy of a long
+            conversation that is cut to a short beginning still has most of its room.)
     """
 
-    def __init__(self, max_size: int = 10, max_bytes: int | None = None):
+    def __init__(self, max_size: int = 10, max_bytes: int | None = None, left: Callable[[], int] | None = None):
+        self.most_nbytes: int | None = None
+        self._left = left
         super().__init__(max_size, 1 << 63 if max_bytes is None else max_bytes)
         self._raw_nbytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._measure()
@@ -33,7 +41,7 @@ class CompressedPromptStore(LRUPromptCache):
         and another conversation's balance; so few tokens are soon read anew, exactly.
         """
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None:
+        if cache is None or (self.most_nbytes is not None and sum(c.nbytes for c in cache) > self.most_nbytes):
             return None, tokens
         if not rest:
             if not can_trim_prompt_cache(cache):
@@ -60,6 +68,8 @@ class CompressedPromptStore(LRUPromptCache):
         for layer in prompt_cache:
             self._raw_nbytes[layer] = raw_nbytes(layer)
         super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+        if self._left is not None:
+            super().trim_to(n_bytes=self._left())
         self._measure()
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:

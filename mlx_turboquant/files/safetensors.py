@@ -10,8 +10,8 @@ import math
 import os
 from typing import Any, BinaryIO, NamedTuple
 
-# Reading a header of 4 MiB with this many marks takes below 64 MiB and a fifth of a second. 200 layers of 27 arrays each
-# have 92,000 marks in 1 MB.
+# Reading a header of 4 MiB with this many marks takes below 64 MiB and a second. 200 layers of 27 arrays each have
+# 92,000 marks in 1 MB.
 MAX_HEADER_BYTES = 4 << 20
 MAX_MARKS = 400_000
 _MARKS = ("{", "[", ",", ":")
@@ -55,10 +55,10 @@ def read_header(file: BinaryIO) -> Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(
-            f"wanted a safetensors header of at most {MAX_HEADER_BYTES:,} bytes, got no such in a file of {size:,} bytes"
+            f"wanted a safetensors header of at most {MAX_HEADER_BYTES:,} bytes, got none in a file of {size:,} bytes"
         )
     header = _parse(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("wanted metadata that is text by name, got other")
     arrays = {name: _entry(name, entry) for name, entry in header.items()}
@@ -95,8 +95,9 @@ def strict_json(raw: bytes, max_marks: int = MAX_MARKS) -> dict[str, Any]:
 
 def shown(value: Any, most: int = 80) -> str:
     """A value from a file as it may stand in a message: one line, short, printable."""
-    if isinstance(value, list):
-        value = value[:most] if all(isinstance(item, (str, int, float)) for item in value) else "lists in a list"
+    if isinstance(value, (list, tuple)):
+        plain = all(item is None or isinstance(item, (str, int, float)) for item in value)
+        value = value[:most] if plain else f"a list of {type(value[0]).__name__} and others"
     elif isinstance(value, dict):
         value = "an object with " + ", ".join(list(value)[:5])
     text = ascii(value[: most + 1] if isinstance(value, str) else value)
@@ -116,7 +117,11 @@ def _entry(name: str, entry: Any) -> Entry:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise ValueError(f"wanted array {shown(name)} in one of {', '.join(_ITEM_BYTES)}, got {shown(dtype)}")
-    if not _whole_numbers(shape, 1 << 31) or len(shape) > _MAX_AXES or math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
+    if (
+        not _whole_numbers(shape, 1 << 31)
+        or len(shape) > _MAX_AXES
+        or math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS
+    ):
         raise ValueError(f"wanted a shape of at most {_MAX_AXES} axes of array {shown(name)}, got {shown(shape)}")
     if not _whole_numbers(offsets, 1 << 63) or len(offsets) != 2:
         raise ValueError(f"wanted two data_offsets of array {shown(name)}, got {shown(offsets)}")

@@ -60,7 +60,9 @@ def _locked_file(path: Path) -> tuple[str, int]:
 def _delete_leftovers(folder: Path) -> None:
     """Delete what killed saves left: files of our kind that nobody holds the lock of."""
     with os.scandir(folder) as entries:
-        names = [entry.path for entry in entries if _ASIDE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+        names = [
+            entry.path for entry in entries if _ASIDE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+        ]
     for name in names:
         # Locked by who writes it, deleted by another save meanwhile, or somebody else's: all are left alone.
         with contextlib.suppress(OSError):

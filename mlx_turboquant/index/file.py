@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_turboquant.files import written_whole
+from mlx_turboquant.files import open_regular, written_whole
+from mlx_turboquant.files.safetensors import strict_json
 from mlx_turboquant.index.settings import Settings
 from mlx_turboquant.index.top import MAX_ROWS
 
@@ -58,20 +59,20 @@ def load(path: Path) -> tuple[Settings, int, dict[str, np.ndarray]]:
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is cut short or longer than its header says, of another version, or no index.
+        ValueError: if it is cut short or longer than its header says, of another version, or no index or no file.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_regular(path, "TurboQuantIndex.load") as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise _error(path, f"wanted a header of at most {_MAX_HEADER_BYTES} bytes, got {size} bytes in all")
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = strict_json(text)
         metadata = header["__metadata__"]
         found = metadata["format"], metadata["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise _error(path, "wanted the header of an index, got another") from None
     if found[0] != FORMAT:
         raise _error(path, f"wanted the format {FORMAT!r}, got {_short(found[0])}")

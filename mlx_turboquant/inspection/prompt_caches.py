@@ -1,6 +1,7 @@
 """What a prompt-cache file holds: scheme, model, tokens, and for each layer its bytes by part and its rows' norms."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +10,52 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache.file_layout import Layout, layout_of
+from mlx_turboquant.cache.file_states import make_caches
+from mlx_turboquant.cache.saved_state import FORMAT_VERSION
+from mlx_turboquant.files.safetensors import Header, shown
 from mlx_turboquant.inspection.decoded_rows import decoded_rows, has_plain_rows
 from mlx_turboquant.inspection.norms import NormHistogram
-from mlx_turboquant.inspection.stored_layers import StoredLayers
 
-# The first seven are of this package's cache, as `cache.saved_state` has them, the others of mlx-lm's own: raw rows, the
-# room for more of them that it writes out too, and what is neither keys nor values.
+# The first seven are of this package's cache, as `cache.saved_state` has them, the others of mlx-lm's own: raw rows,
+# the room for more of them that it writes out too, and what is neither keys nor values.
 PARTS = ("sinks", "codes", "scales", "centers", "tail", "learned", "queries", "raw", "spare", "other")
 OURS = {"mlx_turboquant_format": "format", "mlx_turboquant_scheme": "scheme", "mlx_turboquant_model": "model"}
 
 
-def prompt_cache_facts(path: Path, norms: bool = True) -> dict[str, Any]:
+def prompt_cache_facts(path: Path, header: Header, norms: bool = True) -> dict[str, Any]:
     """What a prompt-cache file holds; keys as docs/format.md lists them.
 
     One layer is in memory at a time, and of its decoded rows 4 million numbers.
 
     Args:
         path: of the file.
+        header: of the file, from `read_header`.
         norms: whether rows are decoded for histograms of their norms; without, arrays are not read.
 
     Raises:
-        OSError: if the file cannot be read.
         ValueError: if it is no prompt cache that `load_prompt_cache` would load.
     """
-    stored = StoredLayers(path)
+    try:
+        layout = layout_of(header)
+    except ValueError as error:
+        raise _error(path, str(error)) from error
+    version = layout.metadata.get("mlx_turboquant_format", str(FORMAT_VERSION))
+    if version != str(FORMAT_VERSION):
+        raise _error(path, f"wanted format version {FORMAT_VERSION}, got {shown(version)}")
     layers, seen = [], ({"keys": NormHistogram(), "values": NormHistogram()} if norms else None)
-    for number, cache in enumerate(stored):
+    for number, cache in enumerate(_caches(path, layout)):
+        mx.clear_cache()  # what the layer before left: MLX keeps it for arrays of the same sizes
         layers.append({"layer": number, **_layer(cache, seen)})
-        del cache
-        mx.clear_cache()  # MLX keeps what was released for arrays of the same sizes; the next layer's may differ
-    ours = {key: stored.metadata.get(name) or None for name, key in OURS.items()}
+    ours = {key: layout.metadata.get(name) or None for name, key in OURS.items()}
     nbytes = sum((Counter(layer["nbytes"]) for layer in layers), Counter())
     fp16 = sum(_held(layer) if layer["fp16_nbytes"] is None else layer["fp16_nbytes"] for layer in layers)
     total = sum(nbytes.values())
     return {
-        "kind": "prompt cache",
-        "file": str(path),
-        "file_nbytes": path.stat().st_size,
         "format": None if ours["format"] is None else int(ours["format"]),
         "scheme": ours["scheme"] or _scheme_of(layers),
         "model": ours["model"],
-        "metadata": {key: text for key, text in stored.metadata.items() if key not in OURS},
+        "metadata": {key: text for key, text in layout.metadata.items() if key not in OURS},
         "tokens": max((layer["tokens"] + layer["dropped_tokens"] for layer in layers), default=0),
         "nbytes": {part: nbytes[part] for part in PARTS if nbytes[part]},
         "fp16_nbytes": fp16,
@@ -57,6 +63,15 @@ def prompt_cache_facts(path: Path, norms: bool = True) -> dict[str, Any]:
         "norms": seen and {side: histogram.summary() for side, histogram in seen.items()},
         "layers": layers,
     }
+
+
+def _caches(path: Path, layout: Layout) -> Iterator[Any]:
+    """The layers' caches, each read when what it holds is evaluated and released with it."""
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+        yield from make_caches(layout.kinds, layout.states(arrays))
+    except (ValueError, RuntimeError) as error:
+        raise _error(path, str(error)) from error
 
 
 def _layer(cache: Any, seen: dict[str, NormHistogram] | None) -> dict[str, Any]:
@@ -144,6 +159,11 @@ def _scheme_of(layers: list[dict[str, Any]]) -> str | None:
     """The scheme of a file that mlx-lm's own function wrote: its layers', if they agree."""
     schemes = {layer["scheme"] for layer in layers} - {"raw"}
     return schemes.pop() if len(schemes) == 1 else None
+
+
+def _error(path: Path, reason: str) -> ValueError:
+    reason = reason.rstrip(".")
+    return ValueError(f"[inspect] {path} is not a prompt cache that can be loaded: {reason}. Save the prompt again.")
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -1,17 +1,17 @@
 """Which kind of file of this package a file is, by its content and not by its name; and what it then holds."""
 
-import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from mlx_turboquant import scheme_file
+from mlx_turboquant.files import open_regular
+from mlx_turboquant.files.safetensors import Entry, read_header, shown, strict_json
 from mlx_turboquant.index import file as index_file
 from mlx_turboquant.index.settings import row_bytes
 from mlx_turboquant.inspection.prompt_caches import prompt_cache_facts
 
-_MAX_HEADER_BYTES, _MAX_JSON_BYTES = 64 << 20, 1 << 20  # as `load_prompt_cache` and scheme files have them
+_MAX_JSON_BYTES = 1 << 20  # as scheme files have it
 _SCHEME_KEYS = ("format", "model", "layers")
 
 
@@ -35,46 +35,40 @@ def inspect_file(path: str | os.PathLike, norms: bool = True) -> dict[str, Any]:
         3.62
     """
     path = Path(path)
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"[inspect] wanted a file, got a folder, a pipe or a device: {path}. Name a file.")
-    kind, header = _look(path)
-    common = {"kind": kind, "file": str(path), "file_nbytes": path.stat().st_size}
-    if kind == "prompt cache":
-        return prompt_cache_facts(path, norms)
-    if kind == "index":
-        return common | _index(path)
-    return common | (_schemes(path, header) if kind == "scheme file" else _logits(path, header))
+    kind, content = _look(path)
+    tell = {
+        "prompt cache": lambda: prompt_cache_facts(path, content, norms),
+        "index": lambda: _index(path),
+        "scheme file": lambda: _schemes(path, content),
+        "reference logits": lambda: _logits(content.arrays),
+    }
+    return {"kind": kind, "file": str(path), "file_nbytes": path.stat().st_size, **tell[kind]()}
 
 
-def _look(path: Path) -> tuple[str, dict[str, Any]]:
-    """The kind of a file, and the JSON that it begins with."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(9)
-        length = int.from_bytes(head[:8], "little")
-        arrays = head[8:] == b"{" and 2 <= length <= min(size - 8, _MAX_HEADER_BYTES)
-        if not arrays and not head.lstrip().startswith(b"{"):
-            raise _unknown(path, f"one that begins with {head!r}" if head else "an empty one")
-        file.seek(8 if arrays else 0)
-        text = file.read(length if arrays else _MAX_JSON_BYTES)
-    try:
-        header = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise _unknown(path, f"one that begins like JSON and is none ({error})") from error
-    if not isinstance(header, dict):
-        raise _unknown(path, "another")
-    if not arrays:
-        if not {"format", "layers"} <= header.keys():
-            raise _unknown(path, "JSON without 'format' and 'layers'")
-        return "scheme file", header
-    metadata = header.get("__metadata__")
-    if isinstance(metadata, dict) and metadata.get("format") == index_file.FORMAT:
+def _look(path: Path) -> tuple[str, Any]:
+    """The kind of a file; with it the object of a scheme file, the `Header` of the others."""
+    with open_regular(path, "inspect") as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(9)
+        file.seek(0)
+        try:
+            if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size:
+                header = read_header(file)
+            elif head.lstrip().startswith(b"{"):
+                found = strict_json(file.read(_MAX_JSON_BYTES))
+                if {"format", "layers"} <= found.keys():
+                    return "scheme file", found
+                raise ValueError("wanted JSON with 'format' and 'layers', got other")
+            else:
+                raise ValueError(f"got one that begins with {shown(head.decode('latin-1'))}" if head else "got none")
+        except ValueError as error:
+            raise _unknown(path, str(error)) from error
+    if header.metadata.get("format") == index_file.FORMAT:
         return "index", header
-    if isinstance(metadata, dict) and any(str(key).startswith("1.") for key in metadata):
+    if "1.0" in header.metadata:
         return "prompt cache", header
-    if not metadata and _logit_shapes(header):
+    if not header.metadata and _are_logits(header.arrays):
         return "reference logits", header
-    raise _unknown(path, "safetensors with the metadata of none of these")
+    raise _unknown(path, "got arrays with the names and metadata of none of these")
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -108,44 +102,23 @@ def _schemes(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _logits(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    shapes = _logit_shapes(header)
-    end = max(entry["data_offsets"][1] for entry in header.values() if entry)
-    if path.stat().st_size < end:
-        raise _unknown(path, "kept logits that are cut short")
+def _logits(arrays: dict[str, Entry]) -> dict[str, Any]:
     return {
-        "calls": len(shapes),
-        "tokens": sum(step for step, _ in shapes.values()),
-        "vocabulary": max(vocabulary for _, vocabulary in shapes.values()),
-        "dtype": "/".join(sorted({entry["dtype"] for entry in header.values() if entry})),
-        "nbytes": end,
+        "calls": len(arrays),
+        "tokens": sum(entry.shape[0] for entry in arrays.values()),
+        "vocabulary": max(entry.shape[1] for entry in arrays.values()),
+        "dtype": "/".join(sorted({entry.dtype for entry in arrays.values()})),
+        "nbytes": sum(entry.stop - entry.start for entry in arrays.values()),
     }
 
 
-def _logit_shapes(header: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(step, vocabulary) by the name of each array, if they are what `reference_logits` writes; else nothing."""
-    shapes = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            step, vocabulary = entry["shape"]
-            end = entry["data_offsets"][1]
-        except (ValueError, KeyError, TypeError, IndexError):
-            return {}
-        right = name.isdecimal() and all(type(n) is int and n > 0 for n in (step, vocabulary, end))
-        if not right or not isinstance(entry.get("dtype"), str):
-            return {}
-        shapes[name] = (step, vocabulary)
-    return shapes
+def _are_logits(arrays: dict[str, Entry]) -> bool:
+    """Whether each array is named by the token that a call begins at, and holds (step, vocabulary)."""
+    return bool(arrays) and all(name.isdecimal() and len(entry.shape) == 2 for name, entry in arrays.items())
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-def _unknown(path: Path, got: str) -> ValueError:
+def _unknown(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"[inspect] wanted a prompt cache, an index, a scheme file or kept logits, got {got}: {path}. Give a file that "
-        "this package wrote; another's may be cut short or damaged."
+        f"[inspect] {path} is no prompt cache, index, scheme file or kept logits that can be read: {reason}. Give a "
+        "file that this package wrote, and write a damaged one again."
     )

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_turboquant import codebook
+from mlx_turboquant.conditioning import in_dtype
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.kernel import Kernel
@@ -73,7 +74,7 @@ def _dequantize_reference(packed, bits, dim, block, rotation, balance) -> mx.arr
         B, H, T, D = x.shape
         x = x.reshape(B, H, -1, block, D) + packed.centers[:, :, :, None].astype(mx.float32)
         x = x.reshape(B, H, T, D)
-    return x.astype(packed.scales.dtype)
+    return in_dtype(x, packed.scales.dtype)
 
 
 def _dequantize_in_kernel(packed, start, stop, bits, dim, block, rotation, balance, backend) -> mx.array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_turboquant.conditioning import block_centers, finite_or_zero, subtract_centers
+from mlx_turboquant.conditioning import block_centers, in_dtype, subtract_centers
 from mlx_turboquant.ops.balance import balance
 from mlx_turboquant.ops.encode import in_pieces
 from mlx_turboquant.ops.survey import Survey, survey
@@ -77,7 +77,7 @@ class CodedKeys(KeyQuantizer):
             B, H, T, D = keys.shape
             keys = keys.reshape(B, H, -1, self.block, D) + centers[:, :, :, None].astype(mx.float32)
             keys = keys.reshape(B, H, T, D)
-        return keys.astype(self.dtype)
+        return in_dtype(keys, self.dtype)
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:
         """Shapes and dtypes of `encode`'s result."""
@@ -141,18 +141,18 @@ class CodedValues(ValueQuantizer):
 
     def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's values (B, Hkv, T, D)."""
-        self.learned = self.codec.fit(finite_or_zero(rows), None)
+        self.learned = self.codec.fit(subtract_centers(rows, None), None)
 
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
         stop = rows.shape[2] if stop is None else stop
         quantize = self.codec.quantize
-        return in_pieces(lambda piece: quantize(finite_or_zero(piece), self.learned), rows, start, stop, self.block)
+        return in_pieces(lambda piece: quantize(subtract_centers(piece, None), self.learned), rows, start, stop, self.block)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
         """The values (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
         packed = packed.rows(start, packed.length if stop is None else stop, self.block)
-        return self.finish(self.codec.dequantize(packed, self.learned)).astype(self.dtype)
+        return in_dtype(self.finish(self.codec.dequantize(packed, self.learned)), self.dtype)
 
     def layout(self, B: int, H: int, T: int) -> tuple[PackedTensor, PackedTensor]:
         """Shapes and dtypes of `encode`'s result."""
