@@ -112,14 +112,15 @@ def load_prompt_cache(
 
 
 def check_model(cache: list[Any], metadata: dict[str, str], model: Any, path: Path | str) -> None:
-    """Refuse a loaded cache that another model filled, or another rank of this one.
+    """Refuse a loaded cache that another model filled, or another rank of this one, or that lacks layers.
 
     Raises:
-        ValueError: with both shares, or both fingerprints.
+        ValueError: with both shares, both fingerprints, or both numbers of layers.
     """
     ours = next((c for c in cache if isinstance(c, TurboQuantKVCache)), None)
     saved = metadata.get(_MODEL, "") if ours is None else ours.fingerprint
     if not saved or saved == (mine := fingerprint(model)):
+        _check_layers(cache, model, path)
         return
     held, here = shard_in(saved), shard_in(mine)
     if held != here:
@@ -132,6 +133,15 @@ def check_model(cache: list[Any], metadata: dict[str, str], model: Any, path: Pa
         f"[load_prompt_cache] {path} belongs to a model with fingerprint {saved}, this model's is {mine}. Load the "
         "model that wrote it, with the same quantization and adapters."
     )
+
+
+def _check_layers(cache: list[Any], model: Any, path: Path | str) -> None:
+    """More layers than the model's are a draft model's; of fewer, mlx-lm's models would leave the last layers out."""
+    layers = len(mlx_lm_cache.make_prompt_cache(model))
+    if len(cache) < layers:
+        raise ValueError(
+            f"[load_prompt_cache] {path} holds {len(cache)} layers, this model has {layers}. Save the prompt again."
+        )
 
 
 def _path_to_read(path: Path, model: Any) -> Path:

@@ -159,7 +159,7 @@ def test_what_is_no_file_is_said_at_once(which, tmp_path):
             loaders(path)[which]()
         assert str(path) in str(error.value)
 
-    fails(FileNotFoundError, "")
+    fails(FileNotFoundError, None)
     path.mkdir()
     fails(ValueError, "wanted a regular file, got a folder")
     path.rmdir()
@@ -173,10 +173,10 @@ def test_what_is_no_file_is_said_at_once(which, tmp_path):
     fails(ValueError, "wanted a regular file, got a device")
     path.unlink()
     path.touch()
-    fails(ValueError, "")
+    fails(ValueError, None)
     if os.geteuid():  # root may read everything
         path.chmod(0)
-        fails(PermissionError, "")
+        fails(PermissionError, None)
 
 
 def test_a_name_with_a_nul_is_no_path():

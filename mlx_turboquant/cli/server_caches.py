@@ -70,10 +70,9 @@ class EncodingBatch(GenerationBatch):
 
     def extend(self, batch: GenerationBatch) -> None:
         """Take in the sequences of another batch."""
-        if len(self):
-            for layer in batch.prompt_cache:
-                if hasattr(layer, "compress"):
-                    layer.compress()
+        for layer in batch.prompt_cache:
+            if hasattr(layer, "compress"):
+                layer.compress()
         super().extend(batch)
 
 

@@ -123,7 +123,7 @@ class LimitedResponseGenerator(SchemeResponseGenerator):
             raise self._busy()
         self._budget.next = need
         # Forget what is stored until the request has its bytes, and let it take over no entry that has more.
-        self.prompt_cache.most_nbytes = self._budget.needs.nbytes([need], [need])
+        self.prompt_cache.most_nbytes = self._budget.needs.nbytes([need], [])
         self.prompt_cache.trim_to(n_bytes=self._budget.limit - self._budget.reserved(need))
         return tokenized
 

@@ -59,31 +59,38 @@ class KVNeeds:
         if reading:
             prompts = sorted((request.prompt for request in reading), reverse=True)
             beside = min(prompts[1], self._step) if len(prompts) > 1 else 0
-            raw = sum(part.reading(prompts[0], beside, self._step) for part in self._layers)
+            raw = sum(part.reading(total, prompts[0], beside, self._step) for part in self._layers)
             need += min(len(prompts), self._at_once) * raw
         return need
 
 
 class _Compressed:
-    """A layer that is compressed once its prompt is read."""
+    """A layer that is compressed once its prompt is read.
+
+    Like the kinds below it tells bytes of one sequence: `kept` for so many tokens once the prompt is read, and what it
+    has on top of that while it is still `reading` a prompt beside which others are read.
+    """
 
     def __init__(self, layer: TurboQuantKVCache):
         self._scheme = layer.scheme
         keys, values = layer.keys_and_values()
         self._shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         self._sums = cache_nbytes(self._scheme, self._shape, 0)
-        first = self._scheme.sinks + self._scheme.window + self._scheme.block
-        self._short = cache_nbytes(self._scheme, self._shape, first - 1)  # the most before anything is encoded
+        self._first = self._scheme.sinks + self._scheme.window + self._scheme.block  # tokens when a block is encoded
+        self._short = cache_nbytes(self._scheme, self._shape, self._first - 1)  # the most before that
+
+    def _packed(self, tokens: int) -> int:
+        return math.ceil(cache_nbytes(self._scheme, self._shape, tokens) * _SPARE) if tokens >= self._first else 0
 
     def kept(self, tokens: int) -> int:
-        return max(math.ceil(cache_nbytes(self._scheme, self._shape, tokens) * _SPARE), self._short)
+        return max(self._packed(tokens), self._short)
 
-    def reading(self, prompt: int, beside: int, step: int) -> int:
+    def reading(self, tokens: int, prompt: int, beside: int, step: int) -> int:
         if self._scheme.prefill == "compressed":
-            prompt = min(prompt, step) + self._scheme.sinks + self._scheme.window + self._scheme.block
+            prompt = min(prompt, step) + self._first
         rows = -(-(prompt + beside) // _STEP) * _STEP
         row = self._shape.kv_heads * (self._shape.key_dim + self._shape.value_dim) * self._shape.dtype.size
-        return rows * row + self._sums
+        return self._packed(tokens) + rows * row + self._sums - self.kept(tokens)
 
 
 class _Rows:
@@ -98,7 +105,7 @@ class _Rows:
         held = tokens if self._most is None else min(tokens, self._most)
         return (-(-held // _STEP) + 1) * _STEP * self._row
 
-    def reading(self, prompt: int, beside: int, step: int) -> int:
+    def reading(self, tokens: int, prompt: int, beside: int, step: int) -> int:
         chunk = 0 if self._most is None else min(prompt, step)  # a window lets go of old rows after a chunk
         return (chunk + _SEGMENTS * beside) * self._row
 
@@ -112,7 +119,7 @@ class _State:
     def kept(self, tokens: int) -> int:
         return self._nbytes
 
-    def reading(self, prompt: int, beside: int, step: int) -> int:
+    def reading(self, tokens: int, prompt: int, beside: int, step: int) -> int:
         return 0
 
 

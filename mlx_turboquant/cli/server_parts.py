@@ -146,6 +146,8 @@ def run_http_server(host: str, port: int, response_generator: SchemeResponseGene
     """mlx-lm's HTTP server with our handler, which ends with the reason if the default model cannot be loaded."""
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # with socketserver's 5, of 32 clients at once a few were reset before they were heard
+
         def service_actions(self) -> None:
             """Called twice a second."""
             super().service_actions()

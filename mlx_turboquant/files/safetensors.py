@@ -1,8 +1,9 @@
 """The header of a safetensors file, read and checked to the last byte before anything else reads the file.
 
-MLX takes a header at its word: an array that reaches beyond the file ends the process, and one that another overlaps is
-loaded. Here every array has the bytes that its shape and dtype take, they follow each other without a gap, and the last
-one ends where the file does, as the format demands (https://github.com/huggingface/safetensors).
+MLX (0.32.4) looks for arrays that reach beyond the file, but loads overlapping ones, takes the last of two equal names,
+and parses a header of up to 100 MB in gigabytes: a million entries took 21 s and 1.4 GB. Here every array has the
+bytes that its shape and dtype take, they follow each other without a gap, and the last one ends where the file does, as
+the format demands (https://github.com/huggingface/safetensors).
 """
 
 import json

@@ -40,18 +40,23 @@ class Block:
         """How many more rows fit."""
         return 0 if self.mapped else self._capacity - self.count
 
+    def reserve(self, n: int) -> None:
+        """Make place for so many more rows, at most `room`, so that they need not move as they come."""
+        for name, held in self._arrays.items():
+            if len(held) < self.count + n:
+                size = min(max(2 * len(held), self.count + n), self._capacity)
+                larger = np.empty((size, *held.shape[1:]), held.dtype)
+                larger[: self.count] = held[: self.count]
+                self._arrays[name] = larger
+
     def append(self, arrays: dict[str, np.ndarray]) -> None:
         """Add rows, at most `room`."""
-        start, self.count = self.count, self.count + len(arrays["ids"])
+        n = len(arrays["ids"])
+        self.reserve(n)
+        start, self.count = self.count, self.count + n
         self._in_mlx = None
         for name, new in arrays.items():
-            held = self._arrays[name]
-            if len(held) < self.count:
-                size = min(max(2 * len(held), self.count), self._capacity)
-                larger = np.empty((size, *held.shape[1:]), held.dtype)
-                larger[:start] = held[:start]
-                self._arrays[name] = held = larger
-            held[start : self.count] = new
+            self._arrays[name][start : self.count] = new
         if not self.room:
             self.in_mlx()
             for name in self._settings.searched:
@@ -109,12 +114,14 @@ class Blocks:
         self._mapped = len(arrays["ids"])
         self._came(self._mapped)
 
-    def append(self, arrays: dict[str, np.ndarray]) -> None:
-        """Add rows behind the last."""
+    def append(self, arrays: dict[str, np.ndarray], coming: int = 0) -> None:
+        """Add rows behind the last; `coming` more will follow, for which place is made."""
         n, start = len(arrays["ids"]), 0
+        self._grow(n + coming)
         while start < n:
             if not self._blocks or not self._blocks[-1].room:
                 self._blocks.append(Block(self._settings, self.block_rows))
+            self._blocks[-1].reserve(min(n - start + coming, self._blocks[-1].room))
             stop = min(start + self._blocks[-1].room, n)
             self._blocks[-1].append({name: array[start:stop] for name, array in arrays.items()})
             self._came(stop - start)
@@ -180,10 +187,13 @@ class Blocks:
             yield start, block
             start += block.count
 
-    def _came(self, n: int) -> None:
+    def _grow(self, n: int) -> None:
         if len(self._living) < self.total + n:
             larger = np.ones(max(2 * len(self._living), self.total + n), bool)
             larger[: self.total] = self.living
             self._living = larger
+
+    def _came(self, n: int) -> None:
+        self._grow(n)
         self._living[self.total : self.total + n] = True
         self.total, self.count = self.total + n, self.count + n

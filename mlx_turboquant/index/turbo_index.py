@@ -116,7 +116,8 @@ class TurboQuantIndex:
         try:
             for part, arrays in encoded(where, self._codec, x):
                 columns = {name: arrays[name] for name in self._settings.searched} | {"ids": ids[part]}
-                self._blocks.append(columns | (kept.keep(self._settings, arrays["prepared"]) if self.keep else {}))
+                columns |= kept.keep(self._settings, arrays["prepared"]) if self.keep else {}
+                self._blocks.append(columns, n - part.stop)
         except BaseException:
             self._blocks.truncate(start)
             raise

@@ -146,8 +146,7 @@ class CodedValues(ValueQuantizer):
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
         stop = rows.shape[2] if stop is None else stop
-        quantize = self.codec.quantize
-        return in_pieces(lambda piece: quantize(subtract_centers(piece, None), self.learned), rows, start, stop, self.block)
+        return in_pieces(self._encode, rows, start, stop, self.block)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
         """The values (B, Hkv, stop - start, D) that the codes stand for, in the model's dtype; whole blocks."""
@@ -165,3 +164,6 @@ class CodedValues(ValueQuantizer):
     def finish(self, total: mx.array) -> mx.array:
         """Take a sum of `weighted_sum` results back."""
         return self.codec.transform_back(total, self.learned)
+
+    def _encode(self, rows: mx.array) -> PackedTensor:
+        return self.codec.quantize(subtract_centers(rows, None), self.learned)
