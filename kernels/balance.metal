@@ -12,6 +12,7 @@
 
 #define FLOOR 1e-3f     // BALANCE_FLOOR of conditioning.py
 #define SMALLEST 1e-37f
+#define LARGEST 3.4e38f
 
 // The logarithms of a lane's energies, as parts of the largest, with a share of their mean added; returns the largest.
 template <int D> METAL_FUNC float log_floored(const device float* energies, uint lane, thread float* out) {
@@ -20,7 +21,7 @@ template <int D> METAL_FUNC float log_floored(const device float* energies, uint
 #pragma unroll
   for (int e = 0; e < E; e++) {
     uint d = lane + 32 * uint(e);
-    out[e] = d < uint(D) ? energies[d] : 0.0f;
+    out[e] = d < uint(D) ? min(energies[d], LARGEST) : 0.0f;  // squares may have overflowed
     top = max(top, out[e]);
   }
   top = simd_max(top);

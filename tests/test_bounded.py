@@ -244,7 +244,7 @@ def test_a_restored_bounded_cache_goes_on_bit_for_bit(model, tmp_path, phase):
         ((64,), r"the bound must be \[tokens or None, tokens dropped\]"),
         ((None, 16), "the bound must be"),
         ((64, -1), "the bound must be"),
-        ((64.0, 0), "max_size must be a whole number or None"),
+        ((64.0, 0), "the bound must be"),
         ((40, 0), "max_size=40 is too small"),
     ],
 )

@@ -191,11 +191,9 @@ class BatchTurboQuantKVCache(RaggedCompression):
         """
         self._plain.stop()
         n = min(n, self.size())
-        rows = self._rows
+        pairs = zip(self._rows.lengths, self._rows.dropped, strict=True)
         # One that is emptied forgets more than its rows, and one that would go back to what it dropped refuses.
-        least = [self.scheme.sinks if dropped else 0 for dropped in rows.dropped]
-        stay = all(tokens - n > few for tokens, few in zip(rows.tokens, least, strict=True))
-        if n == 0 or (stay and all(length.tail >= n for length in rows.lengths)):
+        if not n or all(k.tail >= n and sum(k) - n > (self.scheme.sinks if gone else 0) for k, gone in pairs):
             self._rows.forget_newest([n] * len(self._rows.lengths))
         else:
             singles = [self.extract(i) for i in range(len(self._rows.lengths))]
