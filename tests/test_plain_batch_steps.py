@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 from attend_cases import BACKEND, UNSUPPORTED
-from test_plain_steps import HKV, SCHEME, D, rows
+from test_plain_steps import HKV, SCHEME, D, counted, rows
 
 from mlx_turboquant import attention
 from mlx_turboquant.cache import TurboQuantKVCache
@@ -37,16 +37,10 @@ def batch_of(lengths, **how):
 
 def plain_steps(batch, steps, seed=20):
     """How many of so many steps were plain."""
-    taken, take = [], PlainBatchSteps.take
-
-    def counted(self, *args):
-        taken.append(take(self, *args))
-        return taken[-1]
-
-    with mock.patch.object(PlainBatchSteps, "take", counted):
-        for step in range(steps):
-            batch.update_and_fetch(*tokens(len(batch._rows.lengths), seed + step))
-    return sum(found is not None for found in taken)
+    count = len(batch._rows.lengths)
+    return counted(
+        PlainBatchSteps, [lambda i=i: batch.update_and_fetch(*tokens(count, seed + i)) for i in range(steps)]
+    )
 
 
 def same(a, b):

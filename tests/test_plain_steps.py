@@ -41,18 +41,23 @@ def filled(tokens=40, steps=1, **how):
     return cache
 
 
-def plain_steps(cache, steps, seed=200):
-    """How many of so many steps were plain."""
-    taken, take = [], PlainSteps.take
+def counted(kind, calls):
+    """How many of so many calls, functions of nothing, were plain steps of a kind."""
+    taken, take = [], kind.take
 
-    def counted(self, *args):
+    def noted(self, *args):
         taken.append(take(self, *args))
         return taken[-1]
 
-    with mock.patch.object(PlainSteps, "take", counted):
-        for step in range(steps):
-            cache.update_and_fetch(*rows(1, seed + step))
+    with mock.patch.object(kind, "take", noted):
+        for call in calls:
+            call()
     return sum(found is not None for found in taken)
+
+
+def plain_steps(cache, steps, seed=200):
+    """How many of so many steps were plain."""
+    return counted(PlainSteps, [lambda i=i: cache.update_and_fetch(*rows(1, seed + i)) for i in range(steps)])
 
 
 def same(a, b):

@@ -1,5 +1,6 @@
 """Decode steps that only add a token to a tail: what is the same in all of them until the next encoding, made once."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,11 +10,8 @@ from mlx_turboquant.cache.schedule import until_due
 from mlx_turboquant.tensor import CompressedRows
 
 
-class PlainSteps:
-    """The next steps of a `TurboQuantKVCache` in which nothing is encoded, dropped, undone or reported.
-
-    A GPU that decodes with a short cache waits for Python: everything that a cache asks itself in a step took 60 us,
-    for each layer, and in these steps the answers are known.
+class Steps:
+    """How many plain steps follow, and what they have in common.
 
     Attributes:
         readers: of the stored rows, see `CompressedRows`.
@@ -22,15 +20,34 @@ class PlainSteps:
     def __init__(self) -> None:
         self.stop()
 
-    def __deepcopy__(self, memo: dict) -> "PlainSteps":
-        return PlainSteps()  # a copy of the cache has arrays of its own
+    def __deepcopy__(self, memo: dict) -> "Steps":
+        return type(self)()  # a copy of the cache has arrays of its own
 
     def stop(self) -> None:
-        """Forget everything: what the cache holds changes in another way than by a token."""
+        """Forget everything: what the cache holds changes in another way than by a token of each sequence."""
         self.readers: dict[str | None, Any] = {}
         self._left = 0
         self._form: tuple = ()
         self._sides: list[tuple] = []
+
+    def _begin(self, left: int, tails: Sequence[mx.array], sides: Iterable[tuple]) -> None:
+        """So many steps follow, each with a row for both tails."""
+        shapes = [(*tail.shape[:2], 1, tail.shape[3]) for tail in tails]
+        self._left, self._form, self._sides = left, (*shapes, *(tail.dtype for tail in tails)), list(sides)
+
+    def _is_next(self, cache: Any, keys: mx.array, values: mx.array) -> bool:
+        """Whether the next plain step is this one, of a cache whose prompt is read and that was not trimmed."""
+        if self._left == 0 or (keys.shape, values.shape, keys.dtype, values.dtype) != self._form:
+            return False
+        return not (cache._chunk_ended or cache._trimmed)
+
+
+class PlainSteps(Steps):
+    """The next steps of a `TurboQuantKVCache` in which nothing is encoded, dropped, undone or reported.
+
+    A GPU that decodes with a short cache waits for Python: everything that a cache asks itself in a step took 60 us,
+    for each layer, and in these steps the answers are known.
+    """
 
     def start(self, cache: Any) -> None:
         """Find out how many plain steps follow, after one that was not."""
@@ -42,19 +59,16 @@ class PlainSteps:
             left = min(left, cache.max_size - cache.size())
         if left <= 0:
             return
-        shapes = [(*rows.array.shape[:2], 1, rows.array.shape[3]) for rows in tails]
-        self._left, self._form = left, (*shapes, tails[0].array.dtype, tails[1].array.dtype)
         sinks = cache._sinks or (None, None)
-        self._sides = [
+        sides = (
             (rows, first, blocks.stored(), blocks.length, quantizer, cache.scheme.block)
             for rows, first, blocks, quantizer in zip(tails, sinks, cache._blocks, cache._quantizers, strict=True)
-        ]
+        )
+        self._begin(left, [rows.array for rows in tails], sides)
 
     def take(self, cache: Any, keys: mx.array, values: mx.array) -> tuple[CompressedRows, CompressedRows] | None:
         """All rows after one more token; None if this is no plain step, and nothing was done."""
-        if self._left == 0 or (keys.shape, values.shape, keys.dtype, values.dtype) != self._form:
-            return None
-        if cache._chunk_ended or cache._trimmed or (cache.module and not is_bound(cache.module)):
+        if not self._is_next(cache, keys, values) or (cache.module and not is_bound(cache.module)):
             return None
         self._left -= 1
         return tuple(

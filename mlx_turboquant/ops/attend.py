@@ -109,20 +109,13 @@ class Reader:
         self._stored = (*(nothing if array is None else array for array in stored), *sinks)
         self._balance = nothing if balance is None else balance
         self._rotation, self._projection = keys.rotation or values.rotation, keys.projection
-        self._kind = _kind(
-            backend,
-            k.codes.shape,
-            sinks[0].shape[-2],
-            block,
-            self._dtype,
-            keys.bits,
-            values.bits,
+        shape = Shape(
+            *(backend, 0, 0, 0, 0, k.codes.shape[1], block, self._dtype, keys.bits, values.bits),
             1 if k.scales is None or signs else k.scales.shape[-1],
             1 if v.scales is None else v.scales.shape[-1],
-            k.centers is not None,
-            balance is not None,
-            signs,
+            *(k.centers is not None, balance is not None, 0, False, False, signs),
         )
+        self._kind = _kind(shape, k.codes.shape[2], sinks[0].shape[-2])
 
     def __call__(
         self,
@@ -167,38 +160,26 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)  # equal ones are one and the same, see `_kind`: a step then hashes no fields
 class _Kind:
-    """What stays the same while rows are stored in the same buffers."""
+    """What stays the same while rows are stored in the same buffers: all of a shape but what a call brings."""
 
-    backend: str
-    codes: tuple[int, ...]
+    shape: Shape
+    packed_room: int
     sink_room: int
-    block: int
-    dtype: mx.Dtype
-    key_bits: int
-    value_bits: int
-    key_groups: int
-    value_groups: int
-    center: bool
-    balance: bool
-    signs: bool
 
 
 @lru_cache(maxsize=1024)
-def _kind(*fields: Any) -> _Kind:
-    return _Kind(*fields)
+def _kind(shape: Shape, packed_room: int, sink_room: int) -> _Kind:
+    return _Kind(shape, packed_room, sink_room)
 
 
 @lru_cache(maxsize=1024)
 def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits):
     """The call and its `sizes`; the layers of a model share it in each step, and Python time counts in short caches."""
     B, H, L, D = queries
-    shape = Shape(
-        *(kind.backend, B, H, L, D, kind.codes[1], kind.block, kind.dtype, kind.key_bits, kind.value_bits),
-        *(kind.key_groups, kind.value_groups, kind.center, kind.balance),
-        *(0 if mask is None else 1 if mask[0] == mx.bool_ else 2, causal and L > 1, logits, kind.signs),
-    )
+    masked = 0 if mask is None else 1 if mask[0] == mx.bool_ else 2
+    shape = kind.shape._replace(B=B, H=H, L=L, D=D, mask=masked, causal=causal and L > 1, logits=logits)
     plan = plan_of(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
-    sizes = (kind.codes[2], tail_room, kind.sink_room, plan.splits, plan.raw_splits)
+    sizes = (kind.packed_room, tail_room, kind.sink_room, plan.splits, plan.raw_splits)
     strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
     return runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
 
