@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,17 @@ def build_kernels(run: Callable[[Any], Any], cases: Iterable[Any]) -> None:
     with kernel_emulator.prebuilding():
         for case in cases:
             run(case)
+
+
+def put_fault(monkeypatch: Any, module: Any, name: str, right: str, wrong: str) -> None:
+    """For this test, write something wrong into the text of a module's kernel, which must have what it replaces."""
+    kernel = getattr(module, name)
+    header, body = kernel.text
+    assert right in header + body
+    mark = zlib.crc32((right + wrong).encode())  # another name, since kernels are built once for each
+    broken = type(kernel)(f"{kernel.name}_{mark}", kernel.inputs, kernel.outputs, kernel.headers)
+    broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
+    monkeypatch.setattr(module, name, broken)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,25 @@
 """The dequantize kernel against float64: no further from it than plain MLX is, from any buffer, whatever is in it."""
 
 import warnings
-import zlib
 
 import kernel_emulator
 import metal_emu
 import mlx.core as mx
 import numpy as np
 import pytest
-from row_cases import BACKENDS, CASES, DTYPES, EMULATOR, FEW, ORDERS, PAIRS, Case, build_kernels, rotation_matrix
+from row_cases import (
+    BACKENDS,
+    CASES,
+    DTYPES,
+    EMULATOR,
+    FEW,
+    ORDERS,
+    PAIRS,
+    Case,
+    build_kernels,
+    put_fault,
+    rotation_matrix,
+)
 
 from mlx_turboquant.codebook import gaussian
 from mlx_turboquant.ops import dequantize as ops
@@ -183,11 +194,6 @@ def test_rows_that_are_not_whole_blocks_of_the_buffers_are_refused(start, stop):
 )
 @pytest.mark.parametrize("backend", [EMULATOR])
 def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, monkeypatch):
-    header, body = ops._DEQUANTIZE.text
-    kernel = ops._DEQUANTIZE  # another name, since kernels are built once for each
-    broken = type(kernel)(f"dequantize_{zlib.crc32(wrong.encode())}", kernel.inputs, kernel.outputs, kernel.headers)
-    assert right in header + body
-    broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
-    monkeypatch.setattr(ops, "_DEQUANTIZE", broken)
+    put_fault(monkeypatch, ops, "_DEQUANTIZE", right, wrong)
     with pytest.raises((AssertionError, metal_emu.KernelError)):
         test_rows_are_at_most_twice_as_far_from_float64_as_those_of_plain_mlx(Case(D=64, block=32), backend, None)

@@ -2,7 +2,6 @@
 
 import itertools
 import tracemalloc
-import zlib
 
 import kernel_emulator
 import metal_emu
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
-from row_cases import BACKENDS, EMULATOR, ORDERS, OWN, build_kernels
+from row_cases import BACKENDS, EMULATOR, ORDERS, OWN, build_kernels, put_fault
 
 from mlx_turboquant.codebook import gaussian
 from mlx_turboquant.ops import score as ops
@@ -274,11 +273,6 @@ def test_the_self_check_knows_how_many_rows_are_many():
 )
 @on_the_emulator
 def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, case, monkeypatch):
-    header, body = ops._SCORE.text
-    kernel = ops._SCORE  # another name, since kernels are built once for each
-    broken = type(kernel)(f"score_{zlib.crc32((right + wrong).encode())}", kernel.inputs, kernel.outputs)
-    assert right in header + body
-    broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
-    monkeypatch.setattr(ops, "_SCORE", broken)
+    put_fault(monkeypatch, ops, "_SCORE", right, wrong)
     with pytest.raises((AssertionError, metal_emu.KernelError)):
         test_scores_are_at_most_twice_as_far_from_float64_as_those_of_plain_mlx(FEW[case], backend, None)

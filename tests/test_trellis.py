@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import kernel_emulator
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_cases import BACKENDS, EMULATOR, ORDERS
+from row_cases import BACKENDS, EMULATOR, ORDERS, put_fault
 
 from mlx_turboquant.kernel_source import kernel_source
 from mlx_turboquant.ops import trellis, viterbi
@@ -250,11 +249,6 @@ def test_the_kernel_type_checks_and_is_what_mlx_would_compile(backend, capfd):
 )
 @on_the_emulator
 def test_a_fault_in_the_kernel_is_noticed(backend, right, wrong, monkeypatch):
-    header, body = trellis._TRELLIS.text
-    kernel = trellis._TRELLIS  # another name, since kernels are built once for each
-    broken = type(kernel)(f"trellis_{zlib.crc32((right + wrong).encode())}", kernel.inputs, kernel.outputs)
-    assert right in header + body
-    broken.__dict__["text"] = header.replace(right, wrong), body.replace(right, wrong)
-    monkeypatch.setattr(trellis, "_TRELLIS", broken)
+    put_fault(monkeypatch, trellis, "_TRELLIS", right, wrong)
     with pytest.raises((AssertionError, metal_emu.KernelError)):
         test_the_kernel_finds_a_path_as_near_as_numpy_does(CASES[4], backend)
