@@ -1,5 +1,6 @@
 """Tiny random models and the helpers that several test files share."""
 
+import gc
 import json
 import os
 
@@ -49,6 +50,17 @@ def log_softmax(logits: mx.array) -> mx.array:
     """Log probabilities in float32."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+# What other tests' caches of constants may let go while a test counts: a few rotations and codebooks.
+LET_GO_BY_OTHERS = 16384
+
+
+def memory_in_use() -> int:
+    """MLX's active bytes with nothing pending: no garbage and no work that still holds its inputs."""
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
 
 
 def kld(exact: mx.array, other: mx.array) -> float:

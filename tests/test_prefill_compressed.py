@@ -6,7 +6,7 @@ import gc
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import decode, kld, log_softmax, tiny_llama, tokens
+from conftest import LET_GO_BY_OTHERS, decode, kld, log_softmax, memory_in_use, tiny_llama, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
@@ -54,14 +54,12 @@ def test_after_each_chunk_of_mlx_lms_loop_only_the_compressed_cache_is_alive(mod
     ids, seen = tokens(1200)[0], []
     # Constants that are made once and kept: codebooks, signs.
     list(generate_step(ids[:200], model, prompt_cache=make_prompt_cache(model, kv_scheme=LEAN), max_tokens=1))
-    gc.collect()
-    empty = mx.get_active_memory()
+    empty = memory_in_use()
     cache = make_prompt_cache(model, kv_scheme=LEAN)
 
     def look(done, total):
         if 0 < done < total:
-            gc.collect()
-            seen.append((cache[0].tail_tokens, sum(c.nbytes for c in cache), mx.get_active_memory() - empty))
+            seen.append((cache[0].tail_tokens, sum(c.nbytes for c in cache), memory_in_use() - empty))
 
     list(
         generate_step(
@@ -70,7 +68,7 @@ def test_after_each_chunk_of_mlx_lms_loop_only_the_compressed_cache_is_alive(mod
     )
     assert len(seen) == 6
     for tail, nbytes, alive in seen:
-        assert tail < 64 + 16 and nbytes <= alive <= nbytes * 1.05 + 65536
+        assert tail < 64 + 16 and nbytes - LET_GO_BY_OTHERS <= alive <= nbytes * 1.05 + 65536
     assert cache[0].block_tokens == (1201 - 4 - 16) // 64 * 64
 
 
