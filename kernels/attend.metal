@@ -477,7 +477,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         uint i = uint(e) * 32 + at.lane;
         if (i < uint(D)) {
           float x = (VB > 0 ? sum[e] * signs[i] : sum[e]) + raw_sum[e];
-          out[row * D + i] = O(total > 0.0f ? x / total : 0.0f);
+          out[row * D + i] = O(total > 0.0f ? within(x / total, (const device O*)out) : 0.0f);
         }
       }
     } else {

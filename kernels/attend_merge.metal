@@ -100,7 +100,7 @@ constant constexpr float LOG2E = 1.44269504088896f;
       uint i = uint(e) * 32 + lane;
       if (i < uint(D)) {
         float x = (VB > 0 ? sum[e] * signs[i] : sum[e]) + raw_sum[e];
-        out[ulong(row) * D + i] = T(total > 0.0f ? x / total : 0.0f);
+        out[ulong(row) * D + i] = T(total > 0.0f ? within(x / total, (const device T*)out) : 0.0f);
       }
     }
   }

@@ -31,6 +31,10 @@
 
 METAL_FUNC bool is_finite(float x) { return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u; }
 
+// LARGEST of mlx_turboquant/conditioning.py: larger entries are clipped, so that every sum stays finite.
+#define LARGEST 1e33f
+METAL_FUNC float finite_part(float x) { return is_finite(x) ? clamp(x, -LARGEST, LARGEST) : 0.0f; }
+
 // One block's mean row over finite entries, rounded to T: into memory and, as float, into the first D of `sums`.
 template <typename T, int D, int BLOCK, int THREADS>
 METAL_FUNC void find_center(const device T* rows, device T* center, threadgroup float* sums, uint thread_) {
@@ -52,14 +56,12 @@ METAL_FUNC void find_center(const device T* rows, device T* center, threadgroup 
   for (uint d = thread_; d < uint(D); d += THREADS) {
     float sum = 0.0f, count = float(BLOCK);
     for (uint i = 0; i < TEAMS; i++) { sum += sums[i * D + d]; }
-    if (!is_finite(sum)) {
+    if (!is_finite(sum) || abs(sum) > LARGEST) {
       sum = count = 0.0f;
       for (uint row = 0; row < uint(BLOCK); row++) {
         float x = float(rows[row * D + d]);
-        if (is_finite(x)) {
-          sum += x;
-          count += 1.0f;
-        }
+        sum += finite_part(x);
+        count += is_finite(x) ? 1.0f : 0.0f;
       }
       count = max(count, 1.0f);
     }
@@ -198,7 +200,7 @@ template <typename T, int D, int PER, int BITS, int GROUP, bool CENTER, int SCAL
 #pragma unroll
     for (int e = 0; e < E; e++) {
       float x = CENTER ? y[e] - center[e % (sizeof(center) / 4)] : y[e];
-      y[e] = (checked && !is_finite(x) ? 0.0f : x) * factor[e];
+      y[e] = (checked ? finite_part(x) : x) * factor[e];
     }
     rotate_rows<D, PER>(y, hartley, j);
   }
@@ -231,7 +233,8 @@ template <typename T, int D, int PER, int BITS, int GROUP, bool CENTER, int SCAL
     float top, energy;
     float unit = metal::rsqrt(float(D & -D));
     measure<FIRST, LAST, SPAN, MASKED>(y, j, group, top, energy);
-    // A NaN or infinity in the row has spread over all of it, so that its energy is not finite either.
+    // A NaN or infinity in the row has spread over all of it, so that its energy is not finite either, nor is that of
+    // entries that must be clipped.
     if (simd_any(!(energy > GROUP * USUAL_LOW && energy < GROUP * USUAL_HIGH))) {
       read(row, hartley, j, true, y);
       measure<FIRST, LAST, SPAN, MASKED>(y, j, group, top, energy);

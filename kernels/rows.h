@@ -68,11 +68,13 @@ template <typename T, int N> METAL_FUNC void load_run(const device T* from, thre
   for (int i = 0; i < N; i++) { x[i] = value_in(words, i, from); }
 }
 
+// Numbers beyond T's are stored as its largest.
 template <typename T, int N> METAL_FUNC void store_run(device T* to, const thread float* x) {
   constexpr int WORDS = N * int(sizeof(T)) / 4;
+  const device T* type = to;
   uint words[WORDS];
 #pragma unroll
-  for (int i = 0; i < N; i++) { put_value(words, i, x[i], (const device T*)to); }
+  for (int i = 0; i < N; i++) { put_value(words, i, within(x[i], type), type); }
   store_words<WORDS>((device uint*)to, words);
 }
 

@@ -121,6 +121,15 @@ def test_bad_entries_of_one_token_count_as_zero(case, bad):
             assert mx.array_equal(run(case, broken), run(case, zeros))
 
 
+@each(Case(lengths=((0, 1, 0),)))
+def test_decoded_values_beyond_the_dtype_end_at_its_largest_number(case):
+    made = make(case)
+    scales = mx.full(made.values.packed.scales.shape, 65504.0, mx.float16)
+    values = made.values._replace(packed=made.values.packed._replace(scales=scales))
+    out = np.array(run(case, replace(made, queries=made.queries * 300, values=values)).astype(mx.float32))
+    assert np.isfinite(out).all() and np.abs(out).max() == 65504
+
+
 @each(Case(), Case(D=128, dtype="bfloat16"), Case(D=128, dtype="bfloat16", value_bits=0))
 def test_scores_of_thousands_do_not_overflow(case):
     made = make(case)

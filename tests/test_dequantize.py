@@ -162,6 +162,15 @@ def test_scales_of_any_size_stay_what_they_are(backend):
     assert np.all(np.abs(got - exact) <= 1e-6 * largest)
 
 
+@on_each_backend
+def test_rows_beyond_the_dtype_end_at_its_largest_number(backend):
+    stored = Stored(Case(D=64, center=False, balance=False, blocks=1))
+    stored.packed = stored.packed._replace(scales=mx.full(stored.packed.scales.shape, 65504, mx.float16))
+    got, wanted = f64(stored.decoded(backend)), f64(stored.decoded("reference"))
+    assert np.isfinite(got).all() and (np.abs(got) == 65504).mean() > 0.1
+    assert np.abs(got - wanted).max() <= 64
+
+
 def test_what_the_kernel_cannot_take_is_decoded_by_plain_mlx_and_said_once():
     backend = next(iter(p for p in BACKENDS if isinstance(p, str)), "emulator")
     codes = pack_codes(mx.random.randint(0, 16, (1, 2, 64, 72), key=mx.random.key(0)), 4)

@@ -228,6 +228,23 @@ def test_float16_scales_saturate_instead_of_overflowing(backend):
     assert np.all(f64(got.scales) == 65504)
 
 
+@on_each_backend
+@pytest.mark.parametrize("center", [False, True])
+def test_entries_that_no_sum_could_hold_are_clipped_and_their_neighbours_are_not(backend, center):
+    case = Case(D=64, dtype="bfloat16", center=center, blocks=2)
+    rows = np.array(case.rows().astype(mx.float32))
+    block = rows[:, :, case.start : case.start + case.block]
+    block[0, 0, 1] = 3e38
+    block[0, 0, 4, 9] = -3e38
+    block[0, 1, :, 5] = 3e38  # the sum for the centre overflows
+    block[1, 0, ::2, 7], block[1, 0, 1::2, 7] = 1e37, -1e37
+    block[1, 1] = -2e33
+    rows = mx.array(rows).astype(mx.bfloat16)
+    got = run(case, backend, rows)
+    assert all(np.isfinite(f64(part)).all() for part in (got.scales, got.centers) if part is not None)
+    assert_right(case, got, rows)
+
+
 def test_what_the_kernel_cannot_take_is_encoded_by_plain_mlx_and_said_once():
     cases = [
         (dict(rotation=make_rotation("dense", 64)), 64, "the rotation is not one Hadamard transform"),

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from collections.abc import Iterable
 
 import mlx.core as mx
 
@@ -59,6 +60,12 @@ class NonfiniteReport:
         self._seen.append((glance, keys, values))
         self._steps_left = 2  # by then it has been computed along with the step
         return [keys, values, glance.join(self, keys.any() | values.any())]
+
+    def take_in(self, others: Iterable["NonfiniteReport"]) -> None:
+        """Warn of what others have not counted yet, too: of the same layer, whose rows have joined."""
+        for other in others:
+            self._seen += other._seen
+            self._steps_left = max(self._steps_left, other._steps_left)
 
     def step(self, layer: int) -> None:
         """Called once per update: warn if a count that is ready is not zero."""

@@ -57,7 +57,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         self._drop_oldest(L if decode else 1)
         if decode or self.scheme.prefill == "compressed":
             self.compress()  # before the new tokens are added, as TurboQuantKVCache does
-        self._decoding = L == 1 and not self._chunk_ended
+        self._decoding = L == 1
         self._chunk_ended = self._trimmed = False
         self._rows.append(keys, values)
         self._valid = [L] * keys.shape[0]
@@ -113,6 +113,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
     def merge(cls, caches: Sequence[Any]) -> "BatchTurboQuantKVCache":
         """A batch of the sequences of single caches, in order.
 
+        What is raw stays so, and all get room for the longest: more of its prompt may follow, and reads it raw as alone.
+
         Raises:
             ValueError: for caches of different schemes, models or layers, or one that holds several sequences.
         """
@@ -128,7 +130,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
         """
         same_kind(self, other)
         if self._decoding and other._decoding:
-            # The next step would encode what is still raw. Do it now, or every sequence gets room for a raw prompt.
+            # The next step would encode the same rows. Done now, since all tails are as long as the longest: one raw
+            # prompt of 4,000 tokens beside 7 sequences would take its bytes eight times.
             self.compress()
             other.compress()
         self._take_in([other])
@@ -199,29 +202,11 @@ class BatchTurboQuantKVCache(RaggedCompression):
             singles = [self.extract(i) for i in range(len(self._rows.lengths))]
             for single in singles:
                 single.trim(n)
-            self.__dict__.update(self.merge(singles).__dict__)
+            # What is the layer's and not a sequence's stays: what it has yet to warn of, and that it decodes.
+            ours = {name: getattr(self, name) for name in ("_nonfinite", "_decoding")}
+            self.__dict__.update(self.merge(singles).__dict__ | ours)
         self._trimmed = True
         return n
-
-    def size(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self._rows.tokens, default=0)
-
-    def empty(self) -> bool:
-        """Whether no sequence holds a token."""
-        return self.size() == 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every array held, with the room that shorter sequences do not fill."""
-        arrays = [*self._rows.arrays().values(), self._queries.sums, *self._learned()]
-        return sum(array.nbytes for array in arrays if array is not None)
-
-    @property
-    def raw_nbytes(self) -> int:
-        """Bytes of the same tokens in the model's dtype, without spare room."""
-        per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail or ())
-        return sum(self._rows.tokens) * per_token
 
     @property
     def state(self) -> tuple:
@@ -299,3 +284,4 @@ class BatchTurboQuantKVCache(RaggedCompression):
         self._decoding = all(part._decoding for part in parts)
         self._valid = None
         self._queries.forget_newest()
+        self._nonfinite.take_in([other._nonfinite for other in others])

@@ -38,7 +38,7 @@ class RaggedCompression:
         self._ahead: list[int] | None = None  # tokens of such a prompt that are still to come
         self._valid: list[int] | None = None  # of the tokens of the last update
         self._chunk_ended = self._trimmed = False  # as of TurboQuantKVCache
-        self._decoding = False  # the last update was a decode step
+        self._decoding = False  # the last update was a token of each, not a chunk: the next such one is a decode step
         self._nonfinite = NonfiniteReport()
         self._plain = PlainBatchSteps()
 
@@ -58,6 +58,26 @@ class RaggedCompression:
     def values(self) -> mx.array | None:
         """The raw values at the end (B, Hkv, room, Dv) with their spare room; None before the first."""
         return None if self._rows.tail is None else self._rows.tail[1]
+
+    def size(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self._rows.tokens, default=0)
+
+    def empty(self) -> bool:
+        """Whether no sequence holds a token."""
+        return self.size() == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held, with the room that shorter sequences do not fill."""
+        arrays = [*self._rows.arrays().values(), self._queries.sums, *self._learned()]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
+    def raw_nbytes(self) -> int:
+        """Bytes of the same tokens in the model's dtype, without spare room."""
+        per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail or ())
+        return sum(self._rows.tokens) * per_token
 
     def compress(self) -> int:
         """Encode every whole block of each sequence that is older than its window; return how many tokens that was.

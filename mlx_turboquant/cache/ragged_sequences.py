@@ -35,6 +35,7 @@ def batch_of_one(kind: type, cache: Any) -> Any:
         )
     batch = kind(cache.scheme, cache.layer, cache.module, cache.fingerprint, cache.max_size, sequences=1)
     batch._chunk_ended = cache._chunk_ended
+    batch._nonfinite.take_in([cache._nonfinite])
     batch._rows.dropped = [cache._dropped]
     if cache._tail[0].array is None:
         return batch

@@ -146,9 +146,16 @@ class TurboQuantKVCache(HeldTokens):
             self.compress()  # now, so that what the loop evaluates no longer needs the raw chunk
 
     def unread(self, n: int) -> None:
-        """Forget the newest n tokens of a prompt, of which more is to come, as if they had not been read yet."""
+        """Forget the newest n tokens of a prompt, of which more is to come, as if they had not been read yet.
+
+        What their queries weigh is forgotten too if they came in a call of at most 8 tokens, the last one.
+
+        Raises:
+            ValueError: as `trim`.
+        """
         trimming.trim(self, n)
-        self._trimmed, self._chunk_ended = False, True
+        self._queries.forget_newest()
+        self._trimmed, self._chunk_ended = False, not self.empty()
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> None:
         """mlx-lm calls this for ``kv_bits``, which cannot be combined with a scheme.

@@ -8,14 +8,14 @@ from mlx_turboquant.ops.attend_plan import MAX_SPLITS, Plan, Shape
 from mlx_turboquant.ops.backend import BACKENDS
 from mlx_turboquant.ops.kernel import Kernel
 
-_HEADERS = ("codebooks.h", "codes.h", "rotation.h")
+_HEADERS = ("codebooks.h", "codes.h", "rotation.h", "storing.h")
 _INPUTS = (
     *("q", "k_codes", "k_scales", "k_centers", "v_codes", "v_scales", "sink_k", "sink_v", "tail_k", "tail_v"),
     *("balance", "table", "sizes", "mask", "logits", "sketch"),
 )
 _ATTEND = Kernel("attend", _INPUTS, ("out",), _HEADERS)
 _ATTEND_MMA = Kernel("attend_mma", _INPUTS, ("out",), _HEADERS, "cu")
-_MERGE = Kernel("attend_merge", ("sums", "logits", "table"), ("out",), ("rotation.h",))
+_MERGE = Kernel("attend_merge", ("sums", "logits", "table"), ("out",), ("rotation.h", "storing.h"))
 
 
 @lru_cache(maxsize=256)

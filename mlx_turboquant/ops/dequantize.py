@@ -20,7 +20,7 @@ _DEQUANTIZE = Kernel(
     "dequantize",
     ("codes", "scales", "centers", "factors", "hartley", "book", "sizes"),
     ("out",),
-    ("rows.h",),
+    ("storing.h", "rows.h"),
 )
 
 

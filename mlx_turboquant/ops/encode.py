@@ -21,7 +21,7 @@ _ENCODE = Kernel(
     "encode",
     ("rows", "factors", "hartley", "tables", "sizes"),
     ("codes", "scales", "centers"),
-    ("codebooks.h", "codes.h", "rows.h"),
+    ("codebooks.h", "codes.h", "storing.h", "rows.h"),
 )
 
 

@@ -13,7 +13,7 @@ from mlx_turboquant.ops.row_kernels import ints
 _THREADS = 128
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
-_SURVEY = Kernel("survey", ("rows", "sizes"), ("squares", "bad"), ("rows.h",))
+_SURVEY = Kernel("survey", ("rows", "sizes"), ("squares", "bad"), ("storing.h", "rows.h"))
 
 
 class Survey(NamedTuple):
