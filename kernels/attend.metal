@@ -13,14 +13,18 @@
 //   balance    (B, Hkv, D) float32         keys were multiplied with it; not read unless BALANCE
 //   table      float32: the scale of the scores, 7 unused; the rotation's signs (D,) and Hartley matrix, see rotation.h
 //   sizes      int32: cap, tcap, S, packed splits, raw splits (in a single pass: simdgroups), mask strides of B, H, L;
-//              then for each sequence its valid rows of sinks, packed rows and tail, and 0
+//              then for each sequence its valid rows of sinks, packed rows and tail, and how many of the last lie beside
+//              the tail (0 unless TURBOQUANT_BESIDE)
 //   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   sketch     (B, H, L, D) float32        what meets the signs: balanced queries times a projection, without the scale
 //                                          of the scores; not read unless SIGNS
+//   few_k, few_v, new_k, new_v  with TURBOQUANT_BESIDE: (B, Hkv, 8, D) T, the rows that follow those of the tail, all
+//                                          but the newest; (B, Hkv, 1, D) T, the newest. See mlx_turboquant/tail_parts.py
 // Output
 //   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
 //              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T
+//   out_few_k, out_few_v  with TURBOQUANT_BESIDE: (B, Hkv, 8, D) T, the few rows and the newest behind them, then zeros
 // Template constants
 //   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw),
 //   KG and VG (groups per row), SIGNS (keys have signs of their residuals, see quantizers/qjl.py: KB is 2 or 3, KG 1),
@@ -38,6 +42,7 @@
 // Scores and sums are float32. NaN and infinite raw elements count as 0. A row without any key to see gives 0.
 
 constant constexpr int TILE = 16;
+constant constexpr uint FEW = 8;  // of mlx_turboquant/tail_parts.py
 constant constexpr float LOG2E = 1.44269504088896f;
 constant constexpr float MASKED = -3e38f;  // exp2 of MASKED - NO_KEY is 0 ...
 constant constexpr float NO_KEY = -1e30f;  // ... and a largest score that is no score yet
@@ -154,6 +159,26 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   return int(token) > last || score <= NO_KEY ? MASKED : score;
 }
 
+// The raw rows of a side, in words: sinks, then the tail, then what lies beside it.
+struct RawRows {
+  const device uint* first;
+  const device uint* tail;
+#ifdef TURBOQUANT_BESIDE
+  const device uint* few;
+  const device uint* newest;
+  uint held, all;  // rows of sinks and tail; those beside it too
+#endif
+  uint sinks;
+
+  template <int WORDS> METAL_FUNC const device uint* at(uint n) const {
+    if (n < sinks) { return first + ulong(n) * WORDS; }
+#ifdef TURBOQUANT_BESIDE
+    if (n >= held) { return n + 1 < all ? few + (n - held) * WORDS : newest; }
+#endif
+    return tail + ulong(n - sinks) * WORDS;
+  }
+};
+
 // ==== body ====
   constexpr int DP = D <= 64 ? 64 : D <= 128 ? 128 : 256;  // lanes are laid out for the next power of two
   constexpr int E = (D + 31) / 32;
@@ -235,6 +260,25 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
   }
   if (KB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_k[i % (KB == 8 ? 256 : 1)] = codebook_8[i]; } }
   if (VB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_v[i % (VB == 8 ? 256 : 1)] = codebook_8[i]; } }
+#ifdef TURBOQUANT_BESIDE
+  uint beside = uint(sizes[11 + 4 * b]);
+  if (split + 1 == threadgroups_per_grid.x && row0 == 0) {
+    constexpr uint FOURS = RAW_WORDS / 4;
+    for (uint i = tid; i < FEW * FOURS; i += 32 * NSG) {
+      uint slot = i / FOURS;
+      uint4 key = uint4(0u, 0u, 0u, 0u), value = key;
+      if (slot < beside) {
+        bool old = slot + 1 < beside;
+        key = old ? ((const device uint4*)few_k)[head * (FEW * FOURS) + i]
+                  : ((const device uint4*)new_k)[head * FOURS + i % FOURS];
+        value = old ? ((const device uint4*)few_v)[head * (FEW * FOURS) + i]
+                    : ((const device uint4*)new_v)[head * FOURS + i % FOURS];
+      }
+      ((device uint4*)out_few_k)[head * (FEW * FOURS) + i] = key;
+      ((device uint4*)out_few_v)[head * (FEW * FOURS) + i] = value;
+    }
+  }
+#endif
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   float qv[RC][KD];
@@ -375,10 +419,20 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   } else {
-    const device uint* first_k = (const device uint*)sink_k + head * ulong(sizes[2]) * RAW_WORDS;
-    const device uint* first_v = (const device uint*)sink_v + head * ulong(sizes[2]) * RAW_WORDS;
-    const device uint* newest_k = (const device uint*)tail_k + head * ulong(sizes[1]) * RAW_WORDS;
-    const device uint* newest_v = (const device uint*)tail_v + head * ulong(sizes[1]) * RAW_WORDS;
+    RawRows raw_k, raw_v;
+    raw_k.first = (const device uint*)sink_k + head * ulong(sizes[2]) * RAW_WORDS;
+    raw_v.first = (const device uint*)sink_v + head * ulong(sizes[2]) * RAW_WORDS;
+    raw_k.tail = (const device uint*)tail_k + head * ulong(sizes[1]) * RAW_WORDS;
+    raw_v.tail = (const device uint*)tail_v + head * ulong(sizes[1]) * RAW_WORDS;
+    raw_k.sinks = raw_v.sinks = sinks;
+#ifdef TURBOQUANT_BESIDE
+    raw_k.few = (const device uint*)few_k + head * (FEW * RAW_WORDS);
+    raw_v.few = (const device uint*)few_v + head * (FEW * RAW_WORDS);
+    raw_k.newest = (const device uint*)new_k + head * RAW_WORDS;
+    raw_v.newest = (const device uint*)new_v + head * RAW_WORDS;
+    raw_k.held = raw_v.held = raw - beside;
+    raw_k.all = raw_v.all = raw;
+#endif
     float one[QS];
 #pragma unroll
     for (int i = 0; i < QS; i++) { one[i] = 1.0f; }
@@ -389,7 +443,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
         uint n = tile * TILE + at.kkey * QS + i;
         uint j0 = min(n, raw - 1);
         Run<T, 0, KD> k;
-        k.load(j0 < sinks ? first_k + ulong(j0) * RAW_WORDS : newest_k + ulong(j0 - sinks) * RAW_WORDS, kfirst, D);
+        k.load(raw_k.at<RAW_WORDS>(j0), kfirst, D);
         float a[RC];
 #pragma unroll
         for (int j = 0; j < RC; j++) { a[j] = 0.0f; }
@@ -409,7 +463,7 @@ METAL_FUNC float masked(float score, const device M* mask, ulong row, uint token
       for (int i = 0; i < VS; i++) {
         uint j0 = min(tile * TILE + i * VALUES + at.vkey, raw - 1);
         Run<T, 0, VD> v;
-        v.load(j0 < sinks ? first_v + ulong(j0) * RAW_WORDS : newest_v + ulong(j0 - sinks) * RAW_WORDS, vfirst, D);
+        v.load(raw_v.at<RAW_WORDS>(j0), vfirst, D);
         float p[RC];
         load_weights<RC>(weights + (i * VALUES + at.vkey) * RC, p);
 #pragma unroll

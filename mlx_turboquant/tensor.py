@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_turboquant.tail_parts import TailParts
+
 # Temporary arrays of so many bytes are worth waiting for: MLX may hold those of many layers, which are under way at the
 # same time (H200, 16 layers of 32k tokens: 7.3 GB at once without waiting).
 LARGE_BYTES = 1 << 25
@@ -93,7 +95,7 @@ class CompressedRows:
         sinks: (B, Hkv, S, D) raw, or None.
         stored: whole blocks, in buffers with room for more: a kernel reads these, since a slice would be copied.
         stored_length: how many rows of them are valid.
-        newest: (B, Hkv, room, D) raw, or None.
+        newest: (B, Hkv, room, D) raw, or the same in parts, or None.
         newest_length: how many rows of it are valid.
         quantizer: knows what `stored` means (see `quantizers`).
         block: tokens per block.
@@ -104,7 +106,7 @@ class CompressedRows:
     sinks: mx.array | None
     stored: PackedTensor
     stored_length: int
-    newest: mx.array | None
+    newest: mx.array | TailParts | None
     newest_length: int
     quantizer: Any
     block: int
@@ -118,7 +120,10 @@ class CompressedRows:
     @property
     def tail(self) -> mx.array | None:
         """The valid newest rows (B, Hkv, t, D), or None."""
-        return self.newest[:, :, : self.newest_length] if self.newest_length else None
+        if not self.newest_length:
+            return None
+        rows = self.newest.whole() if isinstance(self.newest, TailParts) else self.newest
+        return rows[:, :, : self.newest_length]
 
     def rows(self, start: int, stop: int) -> PackedTensor:
         """Packed rows from start to stop, both multiples of block."""

@@ -5,7 +5,7 @@ Room beyond the valid rows is filled with large finite numbers, so that a stray 
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from unittest import mock
 
@@ -21,6 +21,7 @@ from mlx_turboquant.ops import attend_plan
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.packing import pack_codes
 from mlx_turboquant.rotation import make_rotation
+from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import PackedTensor
 
 # Metal or CUDA where MLX runs on a GPU, else the emulator. A GPU compiles each kernel for seconds: it gets fewer cases.
@@ -42,6 +43,7 @@ class Case:
         mask_axes: which of B, H, L the mask has in full.
         passes: 1 or 2.
         lengths: of each sequence: sinks, blocks (not tokens), tail.
+        beside: how many rows of the tail lie beside its array; the newest of them is new.
     """
 
     key_bits: int = 4
@@ -62,6 +64,7 @@ class Case:
     logits: bool = False
     passes: int = 1
     lengths: tuple[tuple[int, int, int], ...] = ((4, 2, 23),)
+    beside: int = 0
 
     def __str__(self) -> str:
         new = (f"{k}={v}" for k, v in vars(self).items() if v != vars(type(self)).get(k))
@@ -217,8 +220,35 @@ def _forget() -> None:
 def run(case: Case, made: Made | None = None, backend: str = BACKEND, **plan) -> mx.array:
     """The kernels' answer, for the case's own arrays or for others."""
     made = made or make(case)
+    if case.beside:
+        sides = [side._replace(tail=in_parts(case, side.tail)) for side in (made.keys, made.values)]
+        made = replace(made, keys=sides[0], values=sides[1])
     with forced(case.passes, **plan):
-        return ops.attend(made.queries, made.keys, made.values, **made.options, backend=backend)
+        out = ops.attend(made.queries, made.keys, made.values, **made.options, backend=backend)
+    if case.beside and not kernel_emulator.only_notes():
+        assert_joined(made.keys.tail)
+        assert_joined(made.values.tail)
+    return out
+
+
+def in_parts(case: Case, tail: mx.array) -> TailParts:
+    """The tail with some of its rows beside it, and garbage in their places."""
+    held = case.token_lengths[0][2] - case.beside
+    garbage = mx.full((*tail.shape[:2], FEW, case.D), 6e4).astype(tail.dtype)
+    few, new = tail[:, :, held : held + case.beside - 1], tail[:, :, held + case.beside - 1 : held + case.beside]
+    rest = mx.broadcast_to(garbage[:, :, :1], tail.shape)
+    rows = mx.where(mx.arange(tail.shape[2])[:, None] < held, tail, rest)
+    few = mx.concatenate([few, garbage[:, :, case.beside - 1 :]], axis=2) if case.beside > 1 else None
+    mx.eval(rows, few, new)
+    return TailParts(rows, held, few, case.beside - 1, mx.contiguous(new))
+
+
+def assert_joined(parts: TailParts) -> None:
+    """A kernel has put the new row behind the few, bit for bit."""
+    rows = [parts.new] if parts.few is None else [parts.few[:, :, : parts.count], parts.new]
+    wanted = mx.concatenate(rows, axis=2)
+    assert parts.next.shape[2] == FEW and mx.array_equal(parts.next[:, :, : parts.count + 1], wanted)
+    assert mx.array_equal(parts.loose(), wanted) and (parts.next[:, :, parts.count + 1 :] == 0).all()
 
 
 def build(request) -> None:

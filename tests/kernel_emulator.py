@@ -91,6 +91,11 @@ def prebuilding(check: bool = True) -> Iterator[None]:
     prebuild(calls, check=check)
 
 
+def only_notes() -> bool:
+    """Whether calls are noted and give zeros."""
+    return _planned is not None
+
+
 def text_of_mlx(kernel: Any, inputs: list[mx.array], arguments: dict[str, Any], capfd: Any) -> str:
     """What MLX hands to the Metal compiler for a call of mx.fast.metal_kernel's result `kernel`.
 

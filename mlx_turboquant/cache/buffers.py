@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import PackedTensor, tokens_per_row
 
 
@@ -9,17 +10,30 @@ class RowBuffer:
     """Rows (B, Hkv, length, D) in an array with room for more.
 
     Its array never holds on to a larger one that rows come from, and is row contiguous: kernels would copy another
-    layout at every step.
+    layout at every step. Rows that were put `beside` it are joined to it when it is next asked for.
     """
 
     def __init__(self) -> None:
-        self.array: mx.array | None = None
+        self._array: mx.array | None = None
+        self._parts: TailParts | None = None  # the array with rows beside it
         self.length = 0
+
+    @property
+    def array(self) -> mx.array | None:
+        """All rows, with spare room; None before any."""
+        if self._parts is not None:
+            self._join()
+        return self._array
+
+    @array.setter
+    def array(self, array: mx.array | None) -> None:
+        self._array, self._parts = array, None
 
     @property
     def nbytes(self) -> int:
         """Bytes held, spare room included."""
-        return 0 if self.array is None else self.array.nbytes
+        array = self.array
+        return 0 if array is None else array.nbytes
 
     def view(self) -> mx.array:
         """The rows (B, Hkv, length, D)."""
@@ -42,6 +56,23 @@ class RowBuffer:
         self.array[:, :, self.length : stop] = rows
         self.length = stop
 
+    def beside(self, row: mx.array) -> TailParts:
+        """Add a row (B, Hkv, 1, D), for which the array has room, without writing it into the array yet."""
+        parts = self._parts
+        if parts is not None and (parts.next is None or parts.count + 1 == FEW):
+            self._join()
+            parts = None
+        if parts is None:
+            parts = TailParts(self._array, self.length, None, 0, row)
+        else:
+            parts = TailParts(self._array, parts.joined, parts.next, parts.count + 1, row)
+        self._parts, self.length = parts, self.length + 1
+        return parts
+
+    def _join(self) -> None:
+        parts, self._parts = self._parts, None
+        self._array[:, :, parts.joined : parts.joined + parts.count + 1] = parts.loose()
+
     def keep(self, start: int, stop: int, capacity: int = 0) -> None:
         """Keep only rows start..stop, in a new array of `capacity` rows, or more if they need it."""
         rows = self.array[:, :, start:stop]
@@ -57,6 +88,8 @@ class RowBuffer:
 
     def truncate(self, length: int) -> None:
         """Forget the rows from `length` on; their room stays."""
+        if self._parts is not None:
+            self._join()
         self.length = length
 
 

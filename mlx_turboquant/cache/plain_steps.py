@@ -71,13 +71,18 @@ class PlainSteps(Steps):
         if not self._is_next(cache, keys, values) or (cache.module and not is_bound(cache.module)):
             return None
         self._left -= 1
-        return tuple(
-            _with_token(new, *side, self.readers) for new, side in zip((keys, values), self._sides, strict=True)
-        )
+        readers = self.readers
+        add = _put_beside if readers and all(reader.joins for reader in readers.values()) else _write
+        return tuple(add(new, *side, readers) for new, side in zip((keys, values), self._sides, strict=True))
 
 
-def _with_token(new, tail, sinks, stored, length, quantizer, block, readers) -> CompressedRows:
+def _write(new, tail, sinks, stored, length, quantizer, block, readers) -> CompressedRows:
     n = tail.length
     tail.array[:, :, n : n + 1] = new
     tail.length = n + 1
     return CompressedRows(sinks, stored, length, tail.array, n + 1, quantizer, block, readers)
+
+
+def _put_beside(new, tail, sinks, stored, length, quantizer, block, readers) -> CompressedRows:
+    """The same where what reads the rows also adds the new one to them."""
+    return CompressedRows(sinks, stored, length, tail.beside(new), tail.length, quantizer, block, readers)

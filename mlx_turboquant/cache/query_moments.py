@@ -42,8 +42,7 @@ class QueryMoments:
         B, H, L, D = queries.shape
         whole = counts is None or min(counts) >= L
         if whole and wanted == "squares" and L > MAX_DIRECT_QUERIES and choose_backend() != "reference":
-            squares = survey(queries, 0, L, block=_BLOCK, squares=True).squares
-            self._newest = squares.reshape(B, heads, -1, D).sum(axis=2)
+            self._newest = survey(queries, 0, L, block=_BLOCK, squares=True, heads=heads).squares
             self.count_newest()
             return self.sums
         rows = queries.astype(mx.float32).reshape(B, heads, H // heads, L, D)

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_turboquant.ops.attend_calls import runner
 from mlx_turboquant.ops.attend_plan import TILE, Shape, plan_of
 from mlx_turboquant.rotation import HadamardRotation
+from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import PackedTensor
 
 
@@ -91,6 +92,9 @@ class Reader:
         balance: (B, Hkv, D) float32, what keys were multiplied with; None for nothing.
         backend: "metal", "cuda", or another that has a builder.
 
+    Attributes:
+        joins: whether the next step may leave its token beside the tail, see `tail_parts`; the last one says it.
+
     Raises:
         ValueError: if keys have a projection and their rows another count of numbers than two.
     """
@@ -102,8 +106,9 @@ class Reader:
                 f"[attend] wanted a scale and a residual's length in each row of keys that keep signs, got "
                 f"{k.scales.shape[-1]} numbers. Quantize them with one scale for a row."
             )
+        self.joins = False
         self._dtype = (k.codes if k.scales is None else k.scales).dtype
-        self._nothing = nothing = _padding(self._dtype)
+        self._nothing = nothing = _padding((1, 8), self._dtype)
         sinks = (nothing, nothing) if keys.sinks is None else (keys.sinks, values.sinks)
         stored = (k.codes, k.scales, k.centers, v.codes, v.scales)
         self._stored = (*(nothing if array is None else array for array in stored), *sinks)
@@ -120,8 +125,8 @@ class Reader:
     def __call__(
         self,
         queries: mx.array,
-        tail_k: mx.array | None,
-        tail_v: mx.array | None,
+        tail_k: mx.array | TailParts | None,
+        tail_v: mx.array | TailParts | None,
         lengths: tuple[tuple[int, int, int], ...],
         *,
         scale: float,
@@ -133,7 +138,8 @@ class Reader:
 
         Args:
             queries: (B, H, L, D), L at most 8.
-            tail_k, tail_v: newest rows (B, Hkv, tcap, D) in buffers with spare room, or None.
+            tail_k, tail_v: newest rows (B, Hkv, tcap, D) in buffers with spare room, or None. Parts, which are for one
+                query, are told what a kernel made of their few rows and the new one.
             lengths: for each sequence, valid rows of sinks, packed rows and tail.
             scale: factor of the scores.
             mask: (B or 1, H or 1, L or 1, tokens), boolean or added to the scores; -1e30 or less masks.
@@ -145,16 +151,33 @@ class Reader:
         """
         if tail_k is None:
             tail_k = tail_v = self._nothing
+        beside = tail_k.count + 1 if type(tail_k) is TailParts else 0
+        if beside and queries.shape[2] > 1:
+            tail_k, tail_v, beside = tail_k.whole(), tail_v.whole(), 0
         kind = None if mask is None else (mask.dtype, mask.shape)
         if mask is not None and mask.size < 8:
             mask = mx.pad(mask, [(0, 0), (0, 0), (0, 0), (0, 8)])
-        room = tail_k.shape[-2]
-        run, sizes = _prepare(self._kind, queries.shape, room, lengths, kind, causal, logits is not None)
+        room = (tail_k.array if beside else tail_k).shape[-2]
+        what = self._kind, queries.shape, room, lengths, kind, causal, logits is not None
+        run, sizes, self.joins = _prepare(*what, beside)
+        if beside and not self.joins:
+            tail_k, tail_v, beside = tail_k.whole(), tail_v.whole(), 0
+            run, sizes, self.joins = _prepare(*what, beside)
         asked, dtype = queries.dtype, self._dtype
         table = _table(self._rotation, scale)
         rest = [array for array in (mask, logits, self._projection) if array is not None]
         q = queries if asked == dtype else queries.astype(dtype)
-        out = run(q, *self._stored, tail_k, tail_v, self._balance, table, sizes, *rest)
+        if beside:
+            if tail_k.few is None:
+                B, Hkv, _, D = tail_k.new.shape
+                few = (_padding((B, Hkv, FEW, D), self._dtype),) * 2
+            else:
+                few = tail_k.few, tail_v.few
+            rest[:0] = [*few, tail_k.new, tail_v.new]
+            tails = tail_k.array, tail_v.array
+            out, tail_k.next, tail_v.next = run(q, *self._stored, *tails, self._balance, table, sizes, *rest)
+        else:
+            out = run(q, *self._stored, tail_k, tail_v, self._balance, table, sizes, *rest)
         return out if asked == dtype else out.astype(asked)
 
 
@@ -173,15 +196,21 @@ def _kind(shape: Shape, packed_room: int, sink_room: int) -> _Kind:
 
 
 @lru_cache(maxsize=1024)
-def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits):
-    """The call and its `sizes`; the layers of a model share it in each step, and Python time counts in short caches."""
+def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits, beside):
+    """The call, its `sizes`, and whether a next one may have a row of each sequence beside its tail.
+
+    The layers of a model share it in each step, and Python time counts in short caches.
+    """
     B, H, L, D = queries
     masked = 0 if mask is None else 1 if mask[0] == mx.bool_ else 2
     shape = kind.shape._replace(B=B, H=H, L=L, D=D, mask=masked, causal=causal and L > 1, logits=logits)
+    shape = shape._replace(beside=beside > 0)
     plan = plan_of(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
     sizes = (kind.packed_room, tail_room, kind.sink_room, plan.splits, plan.raw_splits)
     strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
-    return runner(shape, plan), mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, 0))], mx.int32)
+    sizes = mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, beside))], mx.int32)
+    joins = L == 1 and not plan.tensor_cores
+    return None if beside and not joins else runner(shape, plan), sizes, joins
 
 
 def forget_calls() -> None:
@@ -198,9 +227,9 @@ def _broadcast_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
 # MLX hands a kernel inputs of fewer than 8 elements in another address space: none of these has fewer.
 
 
-@lru_cache(maxsize=8)
-def _padding(dtype: mx.Dtype) -> mx.array:
-    return _evaluated(mx.zeros((1, 8), dtype))
+@lru_cache(maxsize=32)
+def _padding(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return _evaluated(mx.zeros(shape, dtype))
 
 
 @lru_cache(maxsize=64)

@@ -49,6 +49,7 @@ class Shape(NamedTuple):
     causal: bool
     logits: bool
     signs: bool = False  # keys keep signs of their residuals
+    beside: bool = False  # the newest rows lie beside their tail, see `tail_parts`
 
 
 class Plan(NamedTuple):

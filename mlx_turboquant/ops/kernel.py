@@ -30,6 +30,7 @@ class Kernel:
         outputs: names of the output arrays, in order.
         headers: files of kernels/ whose text comes before the kernel's own functions.
         ending: "metal", or "cu" for one that only CUDA can run.
+        defines: names that the text asks for with #ifdef, where some inputs and outputs are there or not.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kernel:
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
     ending: str = "metal"
+    defines: tuple[str, ...] = ()
 
     @cached_property
     def text(self) -> tuple[str, str]:
@@ -60,12 +62,14 @@ class Kernel:
             else f"  constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {int(value)};"
             for name, value in template
         ]
-        return _EXCHANGE * by_exchange + _compact(functions), _compact("\n".join([*lines, body]))
+        defines = "".join(f"#define {name} 1\n" for name in self.defines)
+        return _EXCHANGE * by_exchange + defines + _compact(functions), _compact("\n".join([*lines, body]))
 
     def specialised_name(self, template: Sequence[tuple[str, Any]], by_exchange: bool = False) -> str:
         """A name of its own for each specialised text: MLX keeps compiled kernels by name."""
         values = (str(int(v)) if not isinstance(v, mx.Dtype) else _TYPES[v] for _, v in template)
-        return f"mlx_turboquant_{self.name}_{'_'.join(values)}".replace("-", "m") + "_exchange" * by_exchange
+        name = "_".join(["mlx_turboquant", self.name, *values]).replace("-", "m")
+        return "_".join([name, *(define.lower() for define in self.defines)]) + "_exchange" * by_exchange
 
     def prepare(
         self,

@@ -20,8 +20,8 @@ class Survey(NamedTuple):
     """What was seen.
 
     Attributes:
-        squares: (B, H, D) float32, for each channel the sum of squares over all rows and finite entries; with a centre,
-            of deviations from the mean of each block. None if they were not wanted.
+        squares: (B, heads, D) float32, for each channel the sum of squares over all rows and finite entries; with a
+            centre, of deviations from the mean of each block. None if they were not wanted.
         bad: (B, H, n, W) uint32, for each of n blocks W words of 32 rows: a bit is set where a row holds a NaN or an
             infinity.
     """
@@ -38,6 +38,7 @@ def survey(
     block: int,
     center: bool = False,
     squares: bool = False,
+    heads: int | None = None,
     backend: str | None = None,
 ) -> Survey:
     """Look at the rows from start to stop.
@@ -49,13 +50,14 @@ def survey(
         center: whether squares are those of deviations from each block's mean. The mean is not rounded to the rows'
             dtype, as that which is stored is: their difference is noise beside the squares.
         squares: whether they are wanted.
+        heads: how many heads they are for, a divisor of H: neighbouring heads are added up; None for all H.
         backend: see `choose_backend`.
     """
     backend = choose_backend(backend)
-    D = rows.shape[3]
+    B, H, capacity, D = rows.shape
+    heads = heads or H
     if backend == "reference" or D % 8 or D > 256 or rows.dtype not in _DTYPES:
-        return _survey_reference(rows[:, :, start:stop], block, center, squares)
-    B, H, capacity, _ = rows.shape
+        return _survey_reference(rows[:, :, start:stop], block, center, squares, heads)
     blocks = -(-(stop - start) // block)
     sums, bad = _SURVEY(
         backend,
@@ -69,7 +71,7 @@ def survey(
         output_shapes=[(B, H, blocks, D) if squares else (8,), (B, H, blocks, -(-block // 32))],
         output_dtypes=[mx.float32, mx.uint32],
     )
-    return Survey(sums.sum(axis=2) if squares else None, bad)
+    return Survey(sums.reshape(B, heads, -1, D).sum(axis=2) if squares else None, bad)
 
 
 def bad_tokens(keys: mx.array, values: mx.array) -> int:
@@ -78,8 +80,8 @@ def bad_tokens(keys: mx.array, values: mx.array) -> int:
     return int(np.bitwise_count(any_head[0] | any_head[1]).sum())
 
 
-def _survey_reference(rows: mx.array, block: int, center: bool, squares: bool) -> Survey:
-    B, H, T, _ = rows.shape
+def _survey_reference(rows: mx.array, block: int, center: bool, squares: bool, heads: int) -> Survey:
+    B, H, T, D = rows.shape
     blocks, words = -(-T // block), -(-block // 32)
     bad = ~mx.isfinite(rows).all(axis=-1)
     bad = mx.pad(bad, [(0, 0), (0, 0), (0, blocks * block - T)]).reshape(B, H, blocks, block)
@@ -88,4 +90,4 @@ def _survey_reference(rows: mx.array, block: int, center: bool, squares: bool) -
     if not squares:
         return Survey(None, bits)
     x = subtract_centers(rows, block_centers(rows, block)) if center else finite_or_zero(rows)
-    return Survey(mx.square(x).sum(axis=2), bits)
+    return Survey(mx.square(x).reshape(B, heads, -1, D).sum(axis=2), bits)

@@ -49,18 +49,22 @@ class CodedKeys(KeyQuantizer):
 
     def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's keys (B, Hkv, T, D) and the sums over its queries; a balance of 1 without them."""
-        keys = subtract_centers(rows, self._centers(rows))
+        B, H = rows.shape[:2]
         moments = queries if self.queries_wanted == "moments" else None
-        found = ()
+        learns = bool(self.codec.learned_layout(B, H))
+        keys = factors = None
+        if learns or (self.balanced and squares is None):  # building a graph that nobody evaluates takes time too
+            keys = subtract_centers(rows, self._centers(rows))
         if self.balanced:
             asked = queries if moments is None else mx.diagonal(moments, axis1=-2, axis2=-1)
             if squares is None:
                 squares = mx.square(keys).sum(axis=2)
-            factors = mx.ones((*keys.shape[:2], self.dim)) if queries is None else balance(asked, squares)
-            keys, found = keys * factors[:, :, None], (factors,)
+            factors = mx.ones((B, H, self.dim)) if queries is None else balance(asked, squares)
             if moments is not None:  # a query meets the balanced keys divided by it
                 moments = moments / (factors[..., None] * factors[:, :, None])
-        self.learned = (*found, *self.codec.fit(keys, moments))
+        self.learned = () if factors is None else (factors,)
+        if learns:
+            self.learned += self.codec.fit(keys if factors is None else keys * factors[:, :, None], moments)
 
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
@@ -141,7 +145,8 @@ class CodedValues(ValueQuantizer):
 
     def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's values (B, Hkv, T, D)."""
-        self.learned = self.codec.fit(subtract_centers(rows, None), None)
+        learns = self.codec.learned_layout(*rows.shape[:2])
+        self.learned = self.codec.fit(subtract_centers(rows, None), None) if learns else ()
 
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""

@@ -15,6 +15,7 @@ from mlx_turboquant.quantizers.coded import CodedKeys
 from mlx_turboquant.quantizers.qjl import QjlKeys
 from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import CompressedRows, PackedTensor
 from mlx_turboquant.verification.cases import KV_HEADS, AttendCase
 from mlx_turboquant.verification.row_checks import (
@@ -110,8 +111,8 @@ class AttendCheck:
             sides = self._stored(self.keys), self._stored(self.values)
             if (reason := kernel.why_not(case.D, case.D, case.block, *sides)) is not None:
                 raise ValueError(f"[attend] no kernel runs, because {reason}")
-            if case.ragged:
-                return kernel.attend(
+            if case.ragged or case.beside:
+                out = kernel.attend(
                     self.queries,
                     *sides,
                     case.lengths,
@@ -123,6 +124,9 @@ class AttendCheck:
                     logits=self.logits,
                     backend=backend,
                 )
+                for side in sides if case.beside else ():
+                    self._check_joined(side.tail)
+                return out
         if case.ragged:
             alone = []
             for b in range(self.B):
@@ -134,7 +138,23 @@ class AttendCheck:
 
     def _stored(self, side: CompressedRows) -> kernel.StoredSide:
         bits, *turned = side.quantizer.fused
-        return kernel.StoredSide(bits, side.stored, side.sinks, side.newest, *turned)
+        tail = self._in_parts(side.newest) if self.case.beside else side.newest
+        return kernel.StoredSide(bits, side.stored, side.sinks, tail, *turned)
+
+    def _in_parts(self, tail: mx.array) -> TailParts:
+        """The tail with its last rows beside it, and zeros in their places."""
+        held = self.case.tail - self.case.beside
+        loose = tail[:, :, held : self.case.tail]
+        few = mx.pad(loose[:, :, :-1], [(0, 0), (0, 0), (0, FEW + 1 - self.case.beside), (0, 0)])
+        array = mx.where(mx.arange(tail.shape[2])[:, None] < held, tail, 0).astype(tail.dtype)
+        few = few if self.case.beside > 1 else None
+        return TailParts(array, held, few, self.case.beside - 1, mx.contiguous(loose[:, :, -1:]))
+
+    def _check_joined(self, parts: TailParts) -> None:
+        """Raise a ValueError unless the kernel put the new row behind the few, to the bit."""
+        wanted = TailParts(parts.array, parts.joined, parts.few, parts.count, parts.new).loose()
+        if parts.next is None or not mx.array_equal(parts.loose(), wanted):
+            raise ValueError("[attend] the kernel did not put the new row behind the few beside the tail")
 
     def _alone(self, side: CompressedRows, b: int) -> CompressedRows:
         """Sequence b's rows: the reference knows one length for all."""

@@ -1,5 +1,6 @@
 """The lists of cases: a quick one, and every template combination that matters."""
 
+from dataclasses import replace
 from itertools import product
 
 from mlx_turboquant.verification.cases import (
@@ -24,6 +25,7 @@ def quick() -> list[Case]:
         AttendCase(passes=2),
         AttendCase(3, 2, D=64, G=7, L=4, dtype="bfloat16", mask="causal", ragged=True, batch=4),
         AttendCase(8, 0, D=80, G=2, L=2, dtype="float32", passes=2, mask="boolean", logits=True),
+        AttendCase(D=64, block=32, beside=2),
         EncodeCase(),
         EncodeCase(3, D=96, dtype="bfloat16", group=16, center=False, balance=False),
         DequantizeCase(),
@@ -76,7 +78,19 @@ def _attend() -> list[AttendCase]:
         ),
         *(AttendCase(sinks=s, tail=t, passes=p) for (s, t), p in product(((0, 0), (4, 0), (0, 80), (4, 71)), both)),
         *_signs(),
+        *_beside(),
     ]  # fmt: skip
+
+
+def _beside() -> list[AttendCase]:
+    both = (1, 2)
+    cases = [
+        *(AttendCase(D=D, dtype=dtype, passes=p, beside=3) for D, dtype, p in product(HEAD_SIZES, DTYPES, both)),
+        *(AttendCase(G=G, passes=p, beside=n) for (G, n), p in product(((1, 1), (7, 2), (8, 8)), both)),
+        *(AttendCase(k, v, batch=2, passes=p, beside=5) for (k, v), p in product(((0, 4), (3, 2), (8, 0)), both)),
+        AttendCase(3, signs=True, beside=4),
+    ]
+    return [replace(case, block=32) for case in cases]  # not 64: tensor cores read a tail that is written
 
 
 def _signs() -> list[AttendCase]:
