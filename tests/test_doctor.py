@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_compile_is_a_result_like_others(call, script):
     code, out, _ = call(script.main, "--backend", "broken", "--quick", "--no-timing")
     report = json.loads(out.splitlines()[-1])
     assert code == 1 and report["operations"]["attend"] == {
-        **{"combinations": 4, "wrong": 4, "raised": 4, "kernels": ["attend", "attend_merge"]},
+        **{"combinations": 5, "wrong": 5, "raised": 5, "kernels": ["attend", "attend_merge"]},
         **{"worst": None, "median_ms": None},
     }
     assert out.count("| **no** | |") == len(report["wrong"]) == 13 and "no \\| such" in out
@@ -134,7 +134,7 @@ def test_the_kernels_pass_their_own_self_test_and_a_small_error_does_not(call, s
     report = json.loads(out.splitlines()[-1])
     assert code == 0 and report["ok"] and report["backend"] == "emulator" and "13 of 13 combinations are right" in out
     assert out.count("| yes |") == 13 and [line for line in out.splitlines() if line.startswith("## ")] == [
-        *("## attend: 4 combinations", "## encode: 2 combinations", "## dequantize: 2 combinations"),
+        *("## attend: 5 combinations", "## encode: 2 combinations", "## dequantize: 2 combinations"),
         *("## survey: 1 combinations", "## balance: 1 combinations", "## score: 2 combinations"),
     ]
     found = {case.passes: run(case, "wrong_merge").ok for case in quick() if isinstance(case, AttendCase)}
