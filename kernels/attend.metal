@@ -13,14 +13,14 @@
 //   balance    (B, Hkv, D) float32         keys were multiplied with it; not read unless BALANCE
 //   table      float32: the scale of the scores, 7 unused; the rotation's signs (D,) and Hartley matrix, see rotation.h
 //   sizes      int32: cap, tcap, S, packed splits, raw splits (in a single pass: simdgroups), mask strides of B, H, L;
-//              then for each sequence its valid rows of sinks, packed rows and tail, and how many of the last lie beside
+//              then for each sequence its valid rows of sinks, packed rows and tail, and how many of the last are beside
 //              the tail (0 unless TURBOQUANT_BESIDE)
 //   mask       (.., .., .., tokens) bool or float, strides in `sizes`; not read unless MASK
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   sketch     (B, H, L, D) float32        what meets the signs: balanced queries times a projection, without the scale
 //                                          of the scores; not read unless SIGNS
 //   few_k, few_v, new_k, new_v  with TURBOQUANT_BESIDE: (B, Hkv, 8, D) T, the rows that follow those of the tail, all
-//                                          but the newest; (B, Hkv, 1, D) T, the newest. See mlx_turboquant/tail_parts.py
+//                                          but the newest; (B, Hkv, 1, D) T, the newest. See tail_parts.py
 // Output
 //   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
 //              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T
@@ -76,6 +76,15 @@ template <int RC, int LANES> METAL_FUNC float reduce_scatter(thread float* a) {
     }
   }
   return a[0];
+}
+
+// A lane's elements of one centre: numbers lane, lane + 32, ..
+template <typename T, int D> METAL_FUNC void load_center(const device T* at, uint lane, thread float* out) {
+#pragma unroll
+  for (int e = 0; e < (D + 31) / 32; e++) {
+    uint i = uint(e) * 32 + lane;
+    out[e] = i < uint(D) ? float(at[i]) : 0.0f;
+  }
 }
 
 template <typename T, int N> METAL_FUNC void load_scales(const device T* at, thread float* out) {
@@ -231,14 +240,46 @@ struct RawRows {
 
   uint kfirst = at.ksub * KD < uint(D) ? at.ksub * KD : 0;  // lanes beyond D read the first elements, times 0
   uint vfirst = at.vsub * VD < uint(D) ? at.vsub * VD : 0;
-  // The first keys are on their way while the queries are prepared.
+  // The first keys and values are on their way while the queries are prepared, and the next tile's as soon as registers
+  // are free: between two layers a model's weights push everything out of the caches.
   ulong base = head * ulong(sizes[0]);
   const device uint* krows = (const device uint*)k_codes + base * KWORDS;
   const device uint* next_k = krows + ulong(tile * TILE + at.kkey * QS) * KWORDS;  // the lane's first key
+  ulong first_key = base + ulong(tile * TILE + at.kkey * QS);
+  const device uint* next_v = (const device uint*)v_codes + (base + ulong(tile * TILE + at.vkey)) * VWORDS;
+  const device T* kscales = k_scales + first_key * KNUMBERS + kfirst / KSPAN;
+  const device T* vscales = v_scales + first_key * VG;
+  const device T* centers = k_centers + base / BLOCK * D;
   Run<T, KB, KD> k[QS];
+  Run<T, VB, VD> v[VS];
+  float center[E];
+  float kscale[QS], vscale[QS];
+  if (VB == 0 || VG > 1) { for (int i = 0; i < QS; i++) { vscale[i] = 1.0f; } }
+#ifdef TURBOQUANT_BESIDE
+  uint beside = uint(sizes[11 + 4 * b]);
+#endif
+  RawRows raw_k, raw_v;
+  raw_k.first = (const device uint*)sink_k + head * ulong(sizes[2]) * RAW_WORDS;
+  raw_v.first = (const device uint*)sink_v + head * ulong(sizes[2]) * RAW_WORDS;
+  raw_k.tail = (const device uint*)tail_k + head * ulong(sizes[1]) * RAW_WORDS;
+  raw_v.tail = (const device uint*)tail_v + head * ulong(sizes[1]) * RAW_WORDS;
+  raw_k.sinks = raw_v.sinks = sinks;
+#ifdef TURBOQUANT_BESIDE
+  raw_k.few = (const device uint*)few_k + head * (FEW * RAW_WORDS);
+  raw_v.few = (const device uint*)few_v + head * (FEW * RAW_WORDS);
+  raw_k.newest = (const device uint*)new_k + head * RAW_WORDS;
+  raw_v.newest = (const device uint*)new_v + head * RAW_WORDS;
+  raw_k.held = raw_v.held = raw - beside;
+  raw_k.all = raw_v.all = raw;
+#endif
   if (!on_raw && tile < stop) {
 #pragma unroll
     for (int i = 0; i < QS; i++) { k[i].load(next_k + i * KWORDS, kfirst, D); }
+#pragma unroll
+    for (int i = 0; i < VS; i++) { v[i].load(next_v + i * VALUES * VWORDS, vfirst, D); }
+    if (KB > 0 && KG == 1 && !SIGNS) { load_scales<T, QS>(kscales, kscale); }
+    if (VB > 0 && VG == 1) { load_scales<T, QS>(vscales, vscale); }
+    if (CENTER) { load_center<T, D>(centers + ulong(tile * TILE / BLOCK) * D, at.lane, center); }
   }
 
   // Queries, times the scale: as they are for raw keys and centres, transformed for packed keys.
@@ -261,7 +302,6 @@ struct RawRows {
   if (KB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_k[i % (KB == 8 ? 256 : 1)] = codebook_8[i]; } }
   if (VB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_v[i % (VB == 8 ? 256 : 1)] = codebook_8[i]; } }
 #ifdef TURBOQUANT_BESIDE
-  uint beside = uint(sizes[11 + 4 * b]);
   if (split + 1 == threadgroups_per_grid.x && row0 == 0) {
     constexpr uint FOURS = RAW_WORDS / 4;
     for (uint i = tid; i < FEW * FOURS; i += 32 * NSG) {
@@ -319,24 +359,12 @@ struct RawRows {
   if (!on_raw) {
     float ktable = centroid_at<KB>(at.lane), vtable = centroid_at<VB>(at.lane);
     // Pointers that walk: a tile's rows are at constant distances from them, and need no arithmetic of their own.
-    const device uint* next_v = (const device uint*)v_codes + (base + ulong(tile * TILE + at.vkey)) * VWORDS;
-    const device T* kscales = k_scales + (base + ulong(tile * TILE + at.kkey * QS)) * KNUMBERS + kfirst / KSPAN;
-    const device T* vscales = v_scales + (base + ulong(tile * TILE + at.kkey * QS)) * VG;
     const device T* vgroups = v_scales + (base + ulong(tile * TILE + at.vkey)) * VG + vfirst / VSPAN;
-    const device T* centers = k_centers + base / BLOCK * D;
     uint center_block = 0xffffffffu;
     float center_score = 0.0f;
 
     for (; tile < stop; tile++) {
       uint token = tile * TILE + at.kkey * QS;  // the lane's first key
-      Run<T, VB, VD> v[VS];
-#pragma unroll
-      for (int i = 0; i < VS; i++) { v[i].load(next_v + i * VALUES * VWORDS, vfirst, D); }
-      float kscale[QS], vscale[QS];
-      if (KB > 0 && KG == 1 && !SIGNS) { load_scales<T, QS>(kscales, kscale); }
-      if (VB > 0 && VG == 1) { load_scales<T, QS>(vscales, vscale); }
-      if (VB == 0 || VG > 1) { for (int i = 0; i < QS; i++) { vscale[i] = 1.0f; } }
-
       if (CENTER && tile * TILE / BLOCK != center_block) {
         center_block = tile * TILE / BLOCK;
         uint chx = at.lane / (32 / RC);
@@ -346,9 +374,11 @@ struct RawRows {
 #pragma unroll
         for (int e = 0; e < E; e++) {
           uint i = uint(e) * 32 + at.lane;
-          float c = i < uint(D) ? float(centers[ulong(center_block) * D + i]) : 0.0f;
 #pragma unroll
-          for (int j = 0; j < RC; j++) { a[j] += i < uint(D) ? plain[(uint(j) ^ chx) * DP + i] * c : 0.0f; }
+          for (int j = 0; j < RC; j++) { a[j] += i < uint(D) ? plain[(uint(j) ^ chx) * DP + i] * center[e] : 0.0f; }
+        }
+        if ((center_block + 1) * (BLOCK / TILE) < stop) {
+          load_center<T, D>(centers + ulong(center_block + 1) * D, at.lane, center);
         }
         center_score = simd_shuffle(reduce_scatter<RC, 32>(a), ushort(at.hx * (32 / RC)));
       }
@@ -391,11 +421,15 @@ struct RawRows {
         if (MASK > 0 || CAUSAL) { s[i] = masked<MASK>(s[i], mask, mask_row, sinks + token + i, last); }
       }
       next_k += TILE * KWORDS;
+      kscales += TILE * KNUMBERS;
       if (tile + 1 < stop) {
 #pragma unroll
         for (int i = 0; i < QS; i++) { k[i].load(next_k + i * KWORDS, kfirst, D); }
+        if (KB > 0 && KG == 1 && !SIGNS) { load_scales<T, QS>(kscales, kscale); }
       }
       softmax_step<RC, VD, KL, QS>(part, s, vscale, weights, at);
+      vscales += TILE * VG;
+      if (VB > 0 && VG == 1 && tile + 1 < stop) { load_scales<T, QS>(vscales, vscale); }
 #pragma unroll
       for (int i = 0; i < VS; i++) {
         float p[RC];
@@ -413,43 +447,35 @@ struct RawRows {
         }
       }
       next_v += TILE * VWORDS;
-      kscales += TILE * KNUMBERS;
-      vscales += TILE * VG;
       vgroups += TILE * VG;
+      if (tile + 1 < stop) {
+#pragma unroll
+        for (int i = 0; i < VS; i++) { v[i].load(next_v + i * VALUES * VWORDS, vfirst, D); }
+      }
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   } else {
-    RawRows raw_k, raw_v;
-    raw_k.first = (const device uint*)sink_k + head * ulong(sizes[2]) * RAW_WORDS;
-    raw_v.first = (const device uint*)sink_v + head * ulong(sizes[2]) * RAW_WORDS;
-    raw_k.tail = (const device uint*)tail_k + head * ulong(sizes[1]) * RAW_WORDS;
-    raw_v.tail = (const device uint*)tail_v + head * ulong(sizes[1]) * RAW_WORDS;
-    raw_k.sinks = raw_v.sinks = sinks;
-#ifdef TURBOQUANT_BESIDE
-    raw_k.few = (const device uint*)few_k + head * (FEW * RAW_WORDS);
-    raw_v.few = (const device uint*)few_v + head * (FEW * RAW_WORDS);
-    raw_k.newest = (const device uint*)new_k + head * RAW_WORDS;
-    raw_v.newest = (const device uint*)new_v + head * RAW_WORDS;
-    raw_k.held = raw_v.held = raw - beside;
-    raw_k.all = raw_v.all = raw;
-#endif
     float one[QS];
 #pragma unroll
     for (int i = 0; i < QS; i++) { one[i] = 1.0f; }
     for (; tile < stop; tile++) {
+      Run<T, 0, VD> raw_values[VS];
+#pragma unroll
+      for (int i = 0; i < VS; i++) {
+        raw_values[i].load(raw_v.at<RAW_WORDS>(min(tile * TILE + i * VALUES + at.vkey, raw - 1)), vfirst, D);
+      }
       float s[QS];
 #pragma unroll
       for (int i = 0; i < QS; i++) {
         uint n = tile * TILE + at.kkey * QS + i;
-        uint j0 = min(n, raw - 1);
-        Run<T, 0, KD> k;
-        k.load(raw_k.at<RAW_WORDS>(j0), kfirst, D);
+        Run<T, 0, KD> key;
+        key.load(raw_k.at<RAW_WORDS>(min(n, raw - 1)), kfirst, D);
         float a[RC];
 #pragma unroll
         for (int j = 0; j < RC; j++) { a[j] = 0.0f; }
 #pragma unroll
         for (int d = 0; d < KD; d++) {
-          float c = k.value(d, 0.0f, wide_k);
+          float c = key.value(d, 0.0f, wide_k);
 #pragma unroll
           for (int j = 0; j < RC; j++) { a[j] = fma(qv[j][d], c, a[j]); }
         }
@@ -461,14 +487,11 @@ struct RawRows {
       softmax_step<RC, VD, KL, QS>(part, s, one, weights, at);
 #pragma unroll
       for (int i = 0; i < VS; i++) {
-        uint j0 = min(tile * TILE + i * VALUES + at.vkey, raw - 1);
-        Run<T, 0, VD> v;
-        v.load(raw_v.at<RAW_WORDS>(j0), vfirst, D);
         float p[RC];
         load_weights<RC>(weights + (i * VALUES + at.vkey) * RC, p);
 #pragma unroll
         for (int j = 0; j < VD; j++) {
-          float c = v.value(j, 0.0f, wide_v);
+          float c = raw_values[i].value(j, 0.0f, wide_v);
 #pragma unroll
           for (int g = 0; g < RC; g++) { part.o[g][j] = fma(p[g], c, part.o[g][j]); }
         }
