@@ -5,6 +5,8 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
+_ANGLES = 1 << 16  # of a Hartley matrix that are held at once, 512 KiB in float64
+
 
 class _Shared:
     """Never changes, so that a copy of a cache shares it."""
@@ -39,8 +41,7 @@ class HadamardRotation(_Shared):
         self._two = dim & -dim  # the largest power of two that divides dim
         self._odd = dim // self._two
         self.signs = mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], dim).astype(np.float32))
-        angle = 2 * np.pi * np.outer(np.arange(self._odd), np.arange(self._odd)) / self._odd
-        self._hartley = mx.array(((np.cos(angle) + np.sin(angle)) / np.sqrt(self._odd)).astype(np.float32))
+        self._hartley = mx.array(_hartley(self._odd))
         # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space).
         flat = self._hartley.reshape(-1)
         self.kernel_hartley = flat if flat.size >= 8 else mx.concatenate([flat, mx.zeros(8 - flat.size)])
@@ -116,7 +117,7 @@ class DenseRotation(_Shared):
     """x -> Q x with Q uniform over the orthogonal matrices.
 
     Args:
-        dim: at least 1; Q takes dim * dim float32.
+        dim: at least 1; Q takes dim * dim float32, and ten times that while it is made.
         seed: of the Gaussian matrix whose QR factor is Q, with the signs that make it uniform (Mezzadri 2007).
 
     Raises:
@@ -181,6 +182,19 @@ def make_rotation(kind: str, dim: int, seed: int = 0) -> Rotation:
     if kind not in _KINDS:
         raise ValueError(f"[make_rotation] Unknown rotation {kind!r}. Known: {', '.join(_KINDS)}.")
     return _KINDS[kind](dim, seed)
+
+
+def _hartley(m: int) -> np.ndarray:
+    """The m-point Hartley matrix (m, m) float32, computed in float64, some rows at a time: all at once is six times it.
+
+    Angles are not reduced to one turn: that would round them otherwise, and rotations are part of what is stored.
+    """
+    columns, out = np.arange(m), np.empty((m, m), np.float32)
+    step = max(_ANGLES // m, 1)
+    for start in range(0, m, step):
+        angle = 2 * np.pi * np.outer(columns[start : start + step], columns) / m
+        out[start : start + step] = (np.cos(angle) + np.sin(angle)) / np.sqrt(m)
+    return out
 
 
 def _check_dim(where: str, dim: int) -> None:

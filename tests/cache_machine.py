@@ -204,6 +204,8 @@ class Layers(RuleBasedStateMachine):
         assert [tuple(length) for length in cache._rows.lengths] == lengths
         assert cache.size() == max(s.held for s in model.sequences) and cache.empty() == (cache.size() == 0)
         assert cache.is_trimmable() == (not any(s.dropped for s in model.sequences))
+        phase = cache._chunk_ended, cache._trimmed, cache._decoding
+        assert phase == (model.chunk_ended, model.trimmed, model.decoding)
         for i in range(count):
             if cache._rows.tail is not None and model.sequences[i].held:
                 self.check_rows(parts_of(cache, i), model.sequences[i])

@@ -74,6 +74,12 @@ class Single:
                 break
         sequence.trim(sequence.offset - kept)
 
+    def unread(self, n):
+        """Forget the newest n tokens: what comes next is prompt."""
+        self.trim(n)
+        self.sequence.newest = None
+        self.trimmed, self.chunk_ended = False, self.sequence.held > 0
+
     def restored(self):
         """What comes back from a file: what belongs to the last call alone is not kept."""
         other = copy.deepcopy(self)
@@ -115,7 +121,7 @@ class Batch:
             sequence.make_room(self.room_for(L), self.beyond(i))
         if decode or self.shape.scheme.prefill == "compressed":
             self.compress()
-        self.decoding = L == 1 and not self.chunk_ended
+        self.decoding = L == 1
         self.chunk_ended = self.trimmed = False
         seen = []
         for i, sequence in enumerate(self.sequences):

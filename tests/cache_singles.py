@@ -135,6 +135,41 @@ class Singles(Layers):
         self.trim_single(cache, model, n)
         self.check_all()
 
+    @rule(
+        data=st.data(),
+        chunk=st.sampled_from([1, 5, 9, 40]),
+        ended=st.booleans(),
+        counts=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+        more=st.sampled_from([0, 0, 0, 3, 50]),
+    )
+    def unread(self, data, chunk, ended, counts, more):
+        """Tokens are read and taken back, as the guard does: after a prompt's chunk nothing at all has changed then."""
+        i = self.pick(data)
+        cache, model = self.singles[i]
+        self.call(cache, model, 1, chunk)
+        if ended:
+            cache.end_chunk()
+            model.loop_reads_state()
+        self.check_single(cache, model)
+        for count in counts:
+            before = copy.deepcopy(model)
+            self.call(cache, model, 1, count)
+            if before.chunk_ended and not more and self.shape.max_size is None:
+                cache.unread(count)
+                model, before.undo = before, []
+                self.singles[i] = cache, model
+            elif model.sequence.can_trim(count + more):
+                cache.unread(count + more)
+                model.unread(count + more)
+            else:
+                with pytest.raises(ValueError, match="cannot go back to"):
+                    cache.unread(count + more)
+            self.check_single(cache, model)
+        if ended and model.sequence.held:  # what was taken back is not counted as prompt
+            cache.end_chunk()
+            model.loop_reads_state()
+        self.check_all()
+
     @rule(data=st.data())
     def compress(self, data):
         cache, model = self.singles[self.pick(data)]

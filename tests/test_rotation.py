@@ -1,6 +1,7 @@
 """Rotations are orthogonal, spread evenly, and depend on nothing but kind, size and seed."""
 
 import copy
+import tracemalloc
 
 import mlx.core as mx
 import numpy as np
@@ -78,6 +79,28 @@ def test_odd_sizes_are_the_literal_hartley_matrix(dim):
     angle = 2 * np.pi * np.outer(np.arange(dim), np.arange(dim)) / dim
     hartley = (np.cos(angle) + np.sin(angle)) / np.sqrt(dim)
     np.testing.assert_allclose(rotation.apply(x), (np.array(x) * np.array(rotation.signs)) @ hartley.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [range(1, 300, 2), (1023,), (4095,)], ids=str)
+def test_the_hartley_matrix_is_the_formula_in_float64_bit_for_bit_however_large(sizes):
+    """Rotations are part of the stored format. Up to 1023 all rows are computed at once here, then the last 500."""
+    for m in sizes:
+        rows = np.arange(m)[-500 if m > 1023 else 0 :]
+        angle = 2 * np.pi * np.outer(rows, np.arange(m)) / m
+        literal = ((np.cos(angle) + np.sin(angle)) / np.sqrt(m)).astype(np.float32)
+        np.testing.assert_array_equal(np.array(HadamardRotation(m)._hartley)[rows], literal)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "hadamard2"])
+def test_making_a_rotation_takes_the_memory_of_the_matrix_it_keeps_once_more(kind):
+    """numpy's bytes; it took 6 times the matrix, for a file of 384 bytes that says d = 4095."""
+    dim = 1023
+    tracemalloc.start()
+    rotation = KINDS[kind](dim)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert getattr(rotation, "_first", rotation)._odd == dim
+    assert 4 * dim * dim <= peak_bytes < 4 * dim * dim + (3 << 20)
 
 
 @pytest.mark.parametrize("kind", RANDOM)

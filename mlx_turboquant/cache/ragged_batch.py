@@ -113,7 +113,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
     def merge(cls, caches: Sequence[Any]) -> "BatchTurboQuantKVCache":
         """A batch of the sequences of single caches, in order.
 
-        What is raw stays so, and all get room for the longest: more of its prompt may follow, and reads it raw as alone.
+        What is raw stays so, and all get room for the longest: more of its prompt may follow, which would read it raw
+        if it were alone.
 
         Raises:
             ValueError: for caches of different schemes, models or layers, or one that holds several sequences.
@@ -202,8 +203,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
             singles = [self.extract(i) for i in range(len(self._rows.lengths))]
             for single in singles:
                 single.trim(n)
-            # What is the layer's and not a sequence's stays: what it has yet to warn of, and that it decodes.
-            ours = {name: getattr(self, name) for name in ("_nonfinite", "_decoding")}
+            # What is the layer's and not a sequence's stays: its phase, and what it has yet to warn of.
+            ours = {name: getattr(self, name) for name in ("_nonfinite", "_chunk_ended", "_decoding")}
             self.__dict__.update(self.merge(singles).__dict__ | ours)
         self._trimmed = True
         return n
