@@ -161,6 +161,33 @@ def test_a_cache_of_another_model_is_refused(model_dir, prompt, tmp_path):
     assert code == 2 and "belongs to a model with fingerprint" in err
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_command_whose_reader_is_gone_ends_quietly(buffered, tmp_path):
+    """A reader that closes at once, as ``head -0`` does: output longer than any buffer, and one line of it."""
+    scheme = tmp_path / "model.kv.json"
+    for layers, arguments in ((500, ()), (1, ("--json",))):
+        scheme.write_text(json.dumps({"format": 1, "layers": ["turbo4v3", "turbo4"] * layers}))
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_turboquant", "inspect", scheme, *arguments],
+            stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        )  # fmt: skip
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_output_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "model.kv.json").write_text(json.dumps({"format": 1, "layers": ["turbo4"]}))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_turboquant", "inspect", tmp_path / "model.kv.json"],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode and "inspect: error: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_command_list():
     code, out, _ = run("-m", "mlx_turboquant", "--help")
     assert code == 0 and all(name in out for name in ("generate", "cache_prompt", "hook"))

@@ -15,7 +15,8 @@ from commands import parse
 import mlx_turboquant
 from mlx_turboquant.cli import COMMANDS
 from mlx_turboquant.evaluation import SchemeResult
-from mlx_turboquant.methods import NAMES
+from mlx_turboquant.methods import METHODS, NAMES
+from mlx_turboquant.quantizers import CODECS
 from mlx_turboquant.scheme_file import LayerSchemes, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +113,27 @@ def test_every_public_name_has_a_docstring_and_a_changelog_exists():
         assert getattr(mlx_turboquant, name).__doc__, name
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert changelog.startswith("# Changelog") and "## Unreleased" in changelog
+
+
+def test_the_page_of_the_api_names_every_public_name_and_no_other():
+    page = (ROOT / "docs" / "api.md").read_text()
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    named = {name for name in re.findall(r"`(\w+)", rows) if not name.isupper()} - {"MLX_ENABLE_TF32"}
+    assert named == set(mlx_turboquant.__all__)
+
+
+def test_examples_in_the_pages_of_the_api_and_of_methods_run(model_dir, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(METHODS, "sym", None)  # what the example adds to the tables goes when the test ends
+    monkeypatch.setitem(CODECS, "sym", None)
+    load = mlx_lm.load
+    monkeypatch.setattr(mlx_lm, "load", lambda name: load(str(model_dir)))
+    for name in ("api", "adding_a_method"):
+        [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), re.S)
+        exec(example, {})
+    assert (tmp_path / "numbers.safetensors").exists()
+    printed = capsys.readouterr().out
+    assert printed.endswith(" 8704\n") and 0.4 < float(re.search(r"array\(([\d.]+)", printed)[1]) <= 0.5
 
 
 def test_every_method_is_in_the_page_of_methods():

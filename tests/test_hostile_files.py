@@ -79,6 +79,15 @@ def moved(by: int):
     return changed(lambda h: first(h).update(data_offsets=[n + by for n in first(h)["data_offsets"]]))
 
 
+def on_each_other(whole):
+    """The last array lies on the end of those before it, so that there is no hole and the file ends where it should."""
+    header, body = parts_of(whole)
+    last = max((header[name] for name in header if name != "__metadata__"), key=lambda entry: entry["data_offsets"])
+    start, stop = last["data_offsets"]
+    last["data_offsets"] = [2 * start - stop, start]
+    return with_header(header, body[:start])
+
+
 def entry(**values):
     return changed(lambda header: first(header).update(values))
 
@@ -88,6 +97,7 @@ HEADERS = {
     "an offset beyond the file": moved(1 << 40),
     "an offset beyond 64 bits": moved(1 << 70),
     "overlapping arrays": moved(8),
+    "arrays on each other": on_each_other,
     "offsets the wrong way round": changed(lambda h: first(h)["data_offsets"].reverse()),
     "three offsets": changed(lambda h: first(h)["data_offsets"].append(0)),
     "an offset that is no whole number": entry(data_offsets=[0.0, 4.0]),
@@ -323,6 +333,13 @@ def test_metadata_that_could_not_be_read_again_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"\[save_prompt_cache\] wanted metadata that fits .* Store less text"):
         save_prompt_cache(path, [KVCache()], {"text": "x" * MAX_HEADER_BYTES})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["c.safetensors"]
+    save_prompt_cache(path, [KVCache()], {"text": ""})
+    spare = MAX_HEADER_BYTES - int.from_bytes(path.read_bytes()[:8], "little")
+    save_prompt_cache(path, [KVCache()], {"text": "x" * spare})  # the longest that is read
+    assert int.from_bytes(path.read_bytes()[:8], "little") == MAX_HEADER_BYTES
+    assert load_prompt_cache(path, return_metadata=True)[1]["text"] == "x" * spare
+    with pytest.raises(ValueError, match="Store less text"):
+        save_prompt_cache(path, [KVCache()], {"text": "x" * (spare + 1)})
 
 
 def test_a_few_seconds_of_spoiled_files_end_as_they_should():

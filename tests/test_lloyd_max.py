@@ -33,21 +33,22 @@ def group_norms(x, group):
 
 @each_width
 @each_group
-def test_codes_and_scales_are_those_of_the_literal_definition(bits, group):
+@pytest.mark.parametrize("scalings", [lloyd_max.SCALINGS, 3])
+def test_codes_and_scales_are_those_of_the_literal_definition(bits, group, scalings):
     x, centroids = rows(bits), codebook.gaussian(bits)
-    packed = quantize(mx.array(x), bits, group, mx.float32)
+    packed = quantize(mx.array(x), bits, group, mx.float32, scalings)
     codes = np.array(unpack_codes(packed.codes, bits, D)).reshape(-1, group)
     scales, same = np.array(packed.scales).reshape(-1), 0
     for row, code, scale in zip(x.reshape(-1, group), codes, scales, strict=True):
-        wanted, wanted_scale = quantize_row(row, centroids, lloyd_max._SCALINGS[bits][lloyd_max.SCALINGS])
+        wanted, wanted_scale = quantize_row(row, centroids, lloyd_max._SCALINGS[bits][scalings])
         got, best = (cosine(row, centroids[c]) for c in (code, wanted))
         # Cells end within 0.006 of themselves of where they should. A value there takes a centroid as near as its own,
-        # and that changes the cosine a little, up or down. Two scalings may also be as good as each other.
+        # and that changes the cosine a little, up or down. Scalings may also be as good as each other, most often of 3.
         assert got >= best - 0.03 / group
         if np.array_equal(code, wanted):
             same += 1
             assert scale == pytest.approx(wanted_scale, rel=1e-5)
-    assert same >= (0.5 if bits == 8 else 0.75) * len(scales)
+    assert same >= (0.5 if bits == 8 or scalings == 3 else 0.75) * len(scales)
 
 
 def cosine(a, b):

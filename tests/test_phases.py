@@ -67,6 +67,26 @@ def test_a_loop_that_evaluates_states_at_every_step_still_compresses(model):
     assert cache[0].block_tokens == 64
 
 
+@pytest.mark.parametrize("chunk", [7, 30])
+def test_each_query_of_a_prompt_weighs_once_whatever_the_chunks(model, chunk):
+    sums = []
+    for size in (chunk, 512):
+        cache = make_prompt_cache(model, kv_scheme="turbo4")
+        list(generate_step(tokens(100)[0], model, prompt_cache=cache, prefill_step_size=size, max_tokens=1))
+        sums.append(cache[0]._queries.sums)
+    assert mx.allclose(*sums, rtol=1e-4) and mx.all(sums[0] > 0)
+
+
+@pytest.mark.parametrize(("after", "encoded"), [("chunk", 0), ("trim", 64)])
+def test_a_restored_cache_takes_its_next_call_for_what_it_is(random_rows, after, encoded):
+    cache = TurboQuantKVCache("turbo4")
+    cache.update_and_fetch(*random_rows(T=100))
+    cache.end_chunk() if after == "chunk" else cache.trim(2)
+    for each in (cache, TurboQuantKVCache.from_state(cache.state)):
+        each.update_and_fetch(*random_rows(T=3))
+        assert each.block_tokens == encoded
+
+
 def test_verifying_a_draft_is_decoding(model, log):
     ids = tokens(200)
     cache = make_prompt_cache(model, kv_scheme="turbo4")

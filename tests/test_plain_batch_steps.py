@@ -1,12 +1,12 @@
 """Steps of a batch that only add tokens: the same rows as the long way gives; and what must end them does."""
 
 import copy
-import gc
 from unittest import mock
 
 import mlx.core as mx
 import pytest
 from attend_cases import BACKEND, UNSUPPORTED
+from conftest import memory_in_use
 from test_plain_steps import HKV, SCHEME, D, counted, rows
 
 from mlx_turboquant import attention
@@ -112,17 +112,15 @@ def test_a_copy_goes_its_own_way():
 
 
 def test_nothing_of_sequences_that_left_stays():
-    gc.collect()
-    before = mx.get_active_memory()
+    before = memory_in_use()
     batch = batch_of((3000, 2000))
     for step in range(5):
         attention.attend(mx.zeros((2, 4, 1, D), mx.float16), *batch.update_and_fetch(*tokens(2, step)), 0.1)
     mx.eval(batch.state)
-    held = mx.get_active_memory() - before
+    held = memory_in_use() - before
     batch.filter([1])
     mx.eval(batch.state)
-    gc.collect()
-    assert held > 400_000 and mx.get_active_memory() - before < 0.6 * held
+    assert held > 400_000 and memory_in_use() - before < 0.6 * held
 
 
 @pytest.mark.skipif(bool(UNSUPPORTED), reason=UNSUPPORTED)

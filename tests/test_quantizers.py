@@ -129,6 +129,17 @@ def test_the_balance_is_fitted_to_centred_keys():
     np.testing.assert_allclose(side.balance, wanted, rtol=1e-3)
 
 
+def test_methods_learn_of_balanced_keys_and_of_what_queries_become_with_them():
+    """Their moments too: a query meets balanced keys divided by the balance."""
+    keys, queries = normal(B, H, T, 32) * mx.exp(mx.linspace(-1, 1, 32)), normal(B, H, 40, 32, seed=3)
+    side, _ = make_quantizers(KVScheme.parse("squat3:block=16,group=16,balance=1"), 32, 32, mx.float32)
+    side.fit(keys, queries.swapaxes(-1, -2) @ queries)
+    balanced = queries / side.balance[:, :, None]
+    wanted = side.codec.fit(keys * side.balance[:, :, None], balanced.swapaxes(-1, -2) @ balanced)
+    for found, part in zip(side.learned[1:], wanted, strict=True):
+        np.testing.assert_allclose(mx.abs(found), mx.abs(part), rtol=2e-3, atol=2e-3 * mx.abs(part).max().item())
+
+
 @each_dtype
 def test_a_raw_side_returns_its_rows_unchanged(dtype):
     key_side, value_side, keys, values = fitted("turbo0", 80, dtype)

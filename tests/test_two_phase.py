@@ -203,6 +203,9 @@ def test_a_bad_key_harms_only_its_own_entries_and_is_reported_with_its_layer(ran
     with pytest.warns(RuntimeWarning, match="layer 7: 2 tokens had NaN or Inf"):
         for step in range(3):
             cache.update_and_fetch(*random_rows(T=1, seed=step))
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        cache.update_and_fetch(*random_rows(T=1, seed=3))
 
 
 def test_finite_rows_are_not_reported(random_rows):

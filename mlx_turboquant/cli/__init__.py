@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from mlx_turboquant.cli.errors import one_line_errors
+
 COMMANDS = {
     "generate": "mlx_lm.generate with --kv-scheme and --kv-report",
     "cache_prompt": "mlx_lm.cache_prompt with --kv-scheme",
@@ -24,7 +26,8 @@ def main() -> None:
         listed = "\n".join(f"  {command:14}{what}" for command, what in COMMANDS.items())
         usage = f"usage: mlx_turboquant COMMAND [arguments]\n\ncommands:\n{listed}"
         if name in ("-h", "--help"):
-            print(usage)
+            with one_line_errors("mlx_turboquant"):
+                print(usage)
             return
         print(usage if not name else f"{usage}\n\nerror: unknown command {name!r}", file=sys.stderr)
         sys.exit(2)

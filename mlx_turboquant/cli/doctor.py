@@ -29,10 +29,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Print the report; exit with 1 if a kernel is wrong."""
-    args = parser().parse_args()
     with one_line_errors("mlx_turboquant.doctor"):
-        machine = describe(args.backend)
-        installed = hook.status()
+        _doctor(parser().parse_args())
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    machine = describe(args.backend)
+    installed = hook.status()
     print(f"{card(machine)}\nmlx_lm hook: {installed}\n", flush=True)
     start = time.perf_counter()
     results = [run(case, machine["backend"]) for case in quick()]

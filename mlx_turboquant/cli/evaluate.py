@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import mlx_turboquant
 from mlx_turboquant.cli.errors import one_line_errors
+from mlx_turboquant.cli.inspect_plot import check_plot
 from mlx_turboquant.cli.texts import load_ids
 from mlx_turboquant.evaluation import PREFILL_CHUNK, SchemeResult, evaluate, parse_schemes
 from mlx_turboquant.fingerprint import fingerprint
@@ -46,15 +47,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Evaluate and print."""
-    args = parser().parse_args()
     with one_line_errors("mlx_turboquant.evaluate"):
+        args = parser().parse_args()
         for name in ("prompt_tokens", "tokens", "step"):
             if getattr(args, name) < 1:
                 raise ValueError(f"[--{name.replace('_', '-')}] must be at least 1, got {getattr(args, name)}.")
         if args.offset < 0 or args.bands < 0:
             raise ValueError("[--offset, --bands] must not be negative.")
         schemes = parse_schemes(args.kv_scheme)
-        if args.plot:  # the reference that the plot is read against
+        if args.plot:
+            check_plot(args.plot)
+            # The reference that the plot is read against.
             schemes += [name for name in ("mlx8", "mlx4") if name not in schemes]
         model, tokenizer = load_model(args.model)
         schemes = [for_model(resolve(scheme), fingerprint(model)) for scheme in schemes]
@@ -146,15 +149,9 @@ def table(results: list[SchemeResult], bands: int = 0) -> str:
 
 
 def plot(results: list[SchemeResult], file: str, title: str) -> None:
-    """Draw KLD against the mean of key and value bits per element.
+    """Draw KLD against the mean of key and value bits per element; `check_plot` has looked whether it can."""
+    import matplotlib
 
-    Raises:
-        ValueError: if matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("[--plot] needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Install, remove or show the hook."""
-    args = parser().parse_args()
-    path = pth_path()
     with one_line_errors("mlx_turboquant hook"):
+        args = parser().parse_args()
+        path = pth_path()
         if args.install:
             path.write_text(pth_line())
             print(f"Wrote {path}:\n  {pth_line().strip()}\nmlx_lm.generate, cache_prompt, chat and server of this "

@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the command's part that the first argument names."""
-    args = parser().parse_args()
     with one_line_errors("mlx_turboquant.index"):
+        args = parser().parse_args()
         {"build": _build, "search": _search, "info": _info}[args.command](args)
 
 

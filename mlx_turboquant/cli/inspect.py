@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Look into the file and print."""
-    args = parser().parse_args()
     with one_line_errors("mlx_turboquant.inspect"):
+        args = parser().parse_args()
         if args.plot:
             check_plot(args.plot, args.no_norms)
         facts = inspect_file(args.file, norms=not args.no_norms)

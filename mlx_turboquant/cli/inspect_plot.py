@@ -6,7 +6,7 @@ from typing import Any
 from mlx_turboquant.inspection.prompt_caches import PARTS
 
 
-def check_plot(file: str, no_norms: bool) -> None:
+def check_plot(file: str, no_norms: bool = False) -> None:
     """Say what would keep `plot` from drawing, before a large file is read.
 
     Raises:

@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Measure, choose, verify, write or refuse."""
-    args = parser().parse_args()
     with one_line_errors("mlx_turboquant.plan"):
+        args = parser().parse_args()
         if args.kld <= 0:
             raise ValueError(f"[--kld] must be above 0, got {args.kld}.")
         if args.prompt_tokens < 160 or args.tokens < 8:
