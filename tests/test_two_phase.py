@@ -1,6 +1,7 @@
 """The two-phase cache: what it keeps, when it compresses, what it weighs, and what it refuses."""
 
 import copy
+import threading
 import warnings
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from conftest import LET_GO_BY_OTHERS, decode, kld, memory_in_use, tiny_llama, t
 from mlx_lm.models.cache import make_prompt_cache as raw_prompt_cache
 from schemes import SCHEMES
 
-from mlx_turboquant import KVScheme, TurboQuantKVCache, make_prompt_cache
+from mlx_turboquant import KVScheme, TurboQuantKVCache, make_prompt_cache, tensor
 from mlx_turboquant.tensor import CompressedRows
 
 
@@ -297,3 +298,17 @@ def test_second_turns_read_a_compressed_cache_and_grow_it():
 
 def test_schemes_are_kept_by_the_cache():
     assert TurboQuantKVCache("turbo4v2").scheme == KVScheme.parse("turbo4v2")
+
+
+def test_layers_encoded_in_kernels_are_started_together_up_to_a_part_of_the_memory(monkeypatch):
+    started, array = [], mx.zeros(8)
+    monkeypatch.setattr(tensor.mx, "async_eval", lambda *arrays: started.append(len(arrays)))
+    monkeypatch.setattr(tensor.mx, "get_memory_limit", lambda: 256 * 100 * 2**20)
+    monkeypatch.setattr(tensor, "_started", threading.local())
+    for _ in range(7):
+        tensor.start_settling(40 * 2**20, array, lean=True)
+    assert started == [1, 1]  # after 120 MiB, twice
+    for _ in range(3):
+        tensor.start_settling(40 * 2**20, array)  # plain operations: each layer
+    tensor.start_settling(4 * 2**20, array)
+    assert started == [1] * 5

@@ -5,12 +5,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_turboquant.attention import in_kernels
 from mlx_turboquant.cache.bound import tokens_to_drop
 from mlx_turboquant.cache.nonfinite import NonfiniteReport
 from mlx_turboquant.cache.plain_batch_steps import PlainBatchSteps
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.cache.ragged_store import RaggedStore
 from mlx_turboquant.cache.schedule import due
+from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.quantizers import RawRows, make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -107,7 +109,8 @@ class RaggedCompression:
         self._rows.encoded(skips, stops, bad)
         encoded = sum(stops) - sum(skips)
         per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail)
-        start_settling(encoded * per_token, *self._rows.arrays().values(), *self._learned())
+        lean = all(in_kernels(quantizer, choose_backend()) for quantizer in self._quantizers)
+        start_settling(encoded * per_token, *self._rows.arrays().values(), *self._learned(), lean=lean)
         return encoded
 
     def _encode(self, which: slice, skip: int, stop: int) -> list[mx.array]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_turboquant.attention import MAX_DIRECT_QUERIES
+from mlx_turboquant.attention import MAX_DIRECT_QUERIES, in_kernels
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
 from mlx_turboquant.cache import drafts, saved_state, trimming
 from mlx_turboquant.cache.bound import attention_mask, check_max_size, tokens_to_drop
@@ -16,6 +16,7 @@ from mlx_turboquant.cache.buffers import PackedBuffer
 from mlx_turboquant.cache.checks import check_rows
 from mlx_turboquant.cache.held import HeldTokens
 from mlx_turboquant.cache.schedule import due, tail_room
+from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -203,7 +204,8 @@ class TurboQuantKVCache(HeldTokens):
             rows.array = mx.depends(rows.array, bad)
         made = [array for blocks in self._blocks for array in blocks.stored()]
         made += [rows.array for rows in self._tail] + [*self._learned(), *(self._sinks or ())]
-        start_settling(keys.nbytes + values.nbytes, *made)
+        lean = all(in_kernels(quantizer, choose_backend()) for quantizer in self._quantizers)
+        start_settling(keys.nbytes + values.nbytes, *made, lean=lean)
         return stop - skip
 
     def _drop_oldest(self, new: int) -> None:
