@@ -185,7 +185,6 @@ class TurboQuantKVCache(HeldTokens):
         if stop == skip:
             return 0
         self._plain.stop()
-        keys, values = (rows.view()[:, :, skip:stop] for rows in self._tail)
         looks = [
             quantizer.look(rows.array, skip, stop, self.scheme.block, first)
             for quantizer, rows in zip(self._quantizers, self._tail, strict=True)
@@ -193,11 +192,12 @@ class TurboQuantKVCache(HeldTokens):
         if first:
             self._sinks = tuple(mx.contiguous(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
             self._blocks = tuple(PackedBuffer(self.scheme.block) for _ in range(2))
-            for quantizer, rows, look in zip(self._quantizers, (keys, values), looks, strict=True):
-                quantizer.fit(rows, self._queries.sums, look.squares)
+            for quantizer, rows, look in zip(self._quantizers, self._tail, looks, strict=True):
+                quantizer.fit(rows.view()[:, :, skip:stop], self._queries.sums, look.squares)
         for blocks, quantizer, rows in zip(self._blocks, self._quantizers, self._tail, strict=True):
             blocks.append(quantizer.encode(rows.array, skip, stop), stop - skip)
         bad = self._nonfinite.add(*(look.bad for look in looks))
+        raw_bytes = sum(rows.array.nbytes // rows.array.shape[2] for rows in self._tail) * (stop - skip)
         for rows in self._tail:
             rows.keep(stop, rows.length, tail_room(self.scheme))
             # Whoever evaluates the tail evaluates what was seen: left for later, it would keep the raw rows alive.
@@ -205,7 +205,7 @@ class TurboQuantKVCache(HeldTokens):
         made = [array for blocks in self._blocks for array in blocks.stored()]
         made += [rows.array for rows in self._tail] + [*self._learned(), *(self._sinks or ())]
         lean = all(in_kernels(quantizer, choose_backend()) for quantizer in self._quantizers)
-        start_settling(keys.nbytes + values.nbytes, *made, lean=lean)
+        start_settling(raw_bytes, *made, lean=lean)
         return stop - skip
 
     def _drop_oldest(self, new: int) -> None:

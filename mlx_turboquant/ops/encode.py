@@ -1,6 +1,7 @@
 """Whole blocks of keys or values to packed rows, in a kernel or in plain MLX: centre, balance, rotate, quantize."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -107,18 +108,19 @@ def _encode_in_kernel(
 ) -> PackedTensor:
     B, H, capacity, D = rows.shape
     factors, stride = head_factors(rotation, balance, inverse=False)
-    count, blocks = stop - start, (stop - start) // block
-    codes, scales, centers = _ENCODE(
+    tables = lloyd_max.kernel_tables(bits, scalings, rows.dtype)
+    run = _prepared(_ENCODE, backend, rows.dtype, B, H, stop - start, D, bits, group, block, center, scalings)
+    inputs = [rows, factors, rotation.kernel_hartley, tables, ints(start, capacity, stride)]
+    codes, scales, centers = run(inputs)
+    return PackedTensor(codes, scales, centers if center else None)
+
+
+@lru_cache(maxsize=256)  # the layers of a model share it, and from block to block it stays the same
+def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center, scalings):
+    return kernel.prepare(
         backend,
-        [
-            rows,
-            factors,
-            rotation.kernel_hartley,
-            lloyd_max.kernel_tables(bits, scalings, rows.dtype),
-            ints(start, capacity, stride),
-        ],
         template=[
-            ("T", rows.dtype),
+            ("T", dtype),
             ("D", D),
             ("BITS", bits),
             ("GROUP", group),
@@ -129,13 +131,12 @@ def _encode_in_kernel(
             ("PER", run_length(D, group)),
             ("THREADS", _THREADS),
         ],
-        groups=(blocks, H, B),
+        groups=(count // block, H, B),
         threads=_THREADS,
         output_shapes=[
             (B, H, count, words_per_row(D, bits)),
             (B, H, count, D // group),
-            (B, H, blocks, D) if center else (8,),
+            (B, H, count // block, D) if center else (8,),
         ],
-        output_dtypes=[mx.uint32, rows.dtype, rows.dtype],
+        output_dtypes=[mx.uint32, dtype, dtype],
     )
-    return PackedTensor(codes, scales, centers if center else None)

@@ -20,7 +20,7 @@ MAX_THREADS = 512
 _EXCHANGE = "#define TURBOQUANT_LOOKUP_BY_EXCHANGE 1\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one by one: what is kept for a kernel is found by it, often
 class Kernel:
     """A kernel by the name of its file in kernels/, built once for each backend.
 

@@ -1,5 +1,6 @@
 """One look at rows before they are encoded, or at queries: squares per channel, and which rows are not finite."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -58,12 +59,17 @@ def survey(
     heads = heads or H
     if backend == "reference" or D % 8 or D > 256 or rows.dtype not in _DTYPES:
         return _survey_reference(rows[:, :, start:stop], block, center, squares, heads)
-    blocks = -(-(stop - start) // block)
-    sums, bad = _SURVEY(
+    run = _prepared(_SURVEY, backend, rows.dtype, B, H, -(-(stop - start) // block), D, block, center, squares)
+    sums, bad = run([rows, ints(start, capacity, stop - start)])
+    return Survey(sums.reshape(B, heads, -1, D).sum(axis=2) if squares else None, bad)
+
+
+@lru_cache(maxsize=256)
+def _prepared(kernel, backend, dtype, B, H, blocks, D, block, center, squares):
+    return kernel.prepare(
         backend,
-        [rows, ints(start, capacity, stop - start)],
         template=[
-            *(("T", rows.dtype), ("D", D), ("BLOCK", block), ("CENTER", center), ("SQUARES", squares)),
+            *(("T", dtype), ("D", D), ("BLOCK", block), ("CENTER", center), ("SQUARES", squares)),
             ("THREADS", _THREADS),
         ],
         groups=(blocks, H, B),
@@ -71,7 +77,6 @@ def survey(
         output_shapes=[(B, H, blocks, D) if squares else (8,), (B, H, blocks, -(-block // 32))],
         output_dtypes=[mx.float32, mx.uint32],
     )
-    return Survey(sums.reshape(B, heads, -1, D).sum(axis=2) if squares else None, bad)
 
 
 def bad_tokens(keys: mx.array, values: mx.array) -> int:
