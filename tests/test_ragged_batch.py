@@ -448,3 +448,17 @@ def test_a_layer_that_cannot_read_ragged_rows_has_no_batches(model):
     assert single.empty() and not hasattr(single, "merge")
     with pytest.raises(ValueError, match=r"SingleKVCache'> does not yet support batching"):
         mlx_lm.batch_generate(model, mock.Mock(eos_token_ids=[], decode=str), [[1, 2]], [[single, single]])
+
+
+def test_what_was_looked_at_is_let_go_of_where_every_step_encodes():
+    """Sequences a step apart, with blocks of 16: some sequence encodes in nearly every step."""
+    singles = [TurboQuantKVCache("turbo4:block=16,window=4,sinks=2") for _ in range(16)]
+    for i, single in enumerate(singles):
+        single.update_and_fetch(*mx.random.normal((2, 1, 2, 40 + i, 64), key=mx.random.key(i)))
+    batch, most = BatchTurboQuantKVCache.merge(singles), 0
+    for step in range(60):
+        batch.update_and_fetch(*mx.random.normal((2, 16, 2, 1, 64), key=mx.random.key(99 + step)))
+        mx.eval(batch.state)
+        most = max(most, len(batch._nonfinite._seen))
+    assert 1 < most < 8 * 16
+    assert len(batch._nonfinite._seen) < 8

@@ -37,6 +37,7 @@ class _Glance:
         return self._answer
 
 
+_LATER = 3  # steps: by then it has been computed along with the one that encoded
 _current = threading.local()  # an array is evaluated only in the thread that made it
 
 
@@ -44,8 +45,8 @@ class NonfiniteReport:
     """Counts encoded tokens with NaN or Inf and warns about them, without making a decode step wait for the count."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[_Glance, mx.array, mx.array]] = []
-        self._steps_left = 0
+        self._seen: list[tuple[int, _Glance, mx.array, mx.array]] = []  # the first: in which step it is counted
+        self._step = 0
 
     @property
     def is_open(self) -> bool:
@@ -57,23 +58,23 @@ class NonfiniteReport:
         glance = getattr(_current, "glance", None)
         if glance is None or not glance.takes(self):
             glance = _current.glance = _Glance()
-        self._seen.append((glance, keys, values))
-        self._steps_left = 2  # by then it has been computed along with the step
+        self._seen.append((self._step + _LATER, glance, keys, values))
         return [keys, values, glance.join(self, keys.any() | values.any())]
 
     def take_in(self, others: Iterable["NonfiniteReport"]) -> None:
         """Warn of what others have not counted yet, too: of the same layer, whose rows have joined."""
         for other in others:
-            self._seen += other._seen
-            self._steps_left = max(self._steps_left, other._steps_left)
+            self._seen += [(self._step + _LATER, *rest) for _, *rest in other._seen]
 
     def step(self, layer: int) -> None:
         """Called once per update: warn if a count that is ready is not zero."""
-        self._steps_left -= 1
-        if not self._seen or self._steps_left >= 0:
+        self._step += 1
+        if not self._seen or self._seen[0][0] > self._step:
             return
-        seen, self._seen = self._seen, []
-        count = sum(bad_tokens(keys, values) for glance, keys, values in seen if glance.found())
+        # Each at its own time: a batch may encode something in every step.
+        ready = [seen for seen in self._seen if seen[0] <= self._step]
+        self._seen = self._seen[len(ready) :]
+        count = sum(bad_tokens(keys, values) for _, glance, keys, values in ready if glance.found())
         if count:
             warnings.warn(
                 f"[TurboQuantKVCache] layer {layer}: {count} tokens had NaN or Inf in their keys or values; those "
