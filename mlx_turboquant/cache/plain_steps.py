@@ -41,9 +41,15 @@ class Steps:
             return False
         return not (cache._chunk_ended or cache._trimmed)
 
+    @staticmethod
+    def _report(cache: Any) -> None:
+        """Warn of what an encoding before found, once its time has come."""
+        if cache._nonfinite.is_open:
+            cache._nonfinite.step(cache.layer)
+
 
 class PlainSteps(Steps):
-    """The next steps of a `TurboQuantKVCache` in which nothing is encoded, dropped, undone or reported.
+    """The next steps of a `TurboQuantKVCache` in which nothing is encoded, dropped or undone.
 
     A GPU that decodes with a short cache waits for Python: everything that a cache asks itself in a step took 60 us,
     for each layer, and in these steps the answers are known.
@@ -51,7 +57,7 @@ class PlainSteps(Steps):
 
     def start(self, cache: Any) -> None:
         """Find out how many plain steps follow, after one that was not."""
-        if cache._blocks is None or cache._undo or cache._nonfinite.is_open:
+        if cache._blocks is None or cache._undo:
             return
         tails = cache._tail
         left = min(until_due(cache.scheme, tails[0].length, False), tails[0].array.shape[2] - tails[0].length)
@@ -71,6 +77,7 @@ class PlainSteps(Steps):
         if not self._is_next(cache, keys, values) or (cache.module and not is_bound(cache.module)):
             return None
         self._left -= 1
+        self._report(cache)
         readers = self.readers
         add = _put_beside if readers and all(reader.joins for reader in readers.values()) else _write
         return tuple(add(new, *side, readers) for new, side in zip((keys, values), self._sides, strict=True))
