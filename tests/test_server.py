@@ -399,6 +399,15 @@ def test_a_raw_checkpoint_is_compressed_before_it_is_kept(model):
     assert rest == [5, 6] and copied[0].offset == 1000 and copied[0] is not cache[0]
 
 
+def test_a_checkpoint_that_its_conversation_replaces_is_not_counted_though_the_server_still_holds_it(model):
+    store = CompressedPromptStore()
+    _, checkpoint = filled(model, "turbo4", 150)
+    ids, cache = filled(model, "turbo4", 200)
+    store.insert_cache("m", ids[:150], checkpoint, cache_type="user")
+    store.insert_cache("m", ids, cache)
+    assert store.held == {"sequences": 1, "nbytes": sum(c.nbytes for c in cache), "raw_nbytes": 2 * cache[0].raw_nbytes}
+
+
 def test_more_compressed_conversations_fit_into_the_same_bytes(model):
     kept = {}
     for scheme in ("fp16", "turbo4"):

@@ -29,7 +29,7 @@ class CompressedPromptStore(LRUPromptCache):
         self.most_nbytes: int | None = None
         self._left = left
         super().__init__(max_size, 1 << 63 if max_bytes is None else max_bytes)
-        self._raw_nbytes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._entries: list[weakref.ref[_Entry]] = []
         self._measure()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
@@ -65,9 +65,10 @@ class CompressedPromptStore(LRUPromptCache):
             if hasattr(layer, "compress"):
                 layer.compress()
         mx.eval([layer.state for layer in prompt_cache])  # or the raw rows stay alive behind what is to be encoded
-        for layer in prompt_cache:
-            self._raw_nbytes[layer] = raw_nbytes(layer)
-        super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
+        entry = _Entry(prompt_cache)
+        self._entries.append(weakref.ref(entry))
+        super().insert_cache(model, tokens, entry, cache_type=cache_type)
+        del entry  # the store may have forgotten it already
         if self._left is not None:
             super().trim_to(n_bytes=self._left())
         self._measure()
@@ -79,7 +80,18 @@ class CompressedPromptStore(LRUPromptCache):
 
     def _measure(self) -> None:
         # One new dictionary at a time: /health reads it from another thread.
-        self.held = {"sequences": len(self), "nbytes": self.nbytes, "raw_nbytes": sum(self._raw_nbytes.values())}
+        held = [entry for ref in self._entries if (entry := ref()) is not None]
+        self._entries = [weakref.ref(entry) for entry in held]
+        raw = sum(entry.raw_nbytes for entry in held)
+        self.held = {"sequences": len(self), "nbytes": self.nbytes, "raw_nbytes": raw}
+
+
+class _Entry(list):
+    """An entry's caches in a list that only the store holds, so it goes with the entry, whoever has the caches."""
+
+    def __init__(self, caches: list[Any] = ()):
+        super().__init__(caches)
+        self.raw_nbytes = sum(raw_nbytes(layer) for layer in caches)
 
 
 def raw_nbytes(layer: Any) -> int:
