@@ -83,7 +83,7 @@ CACHE = [
            "        self._undo = []  # it would bring back what is dropped now\n", "",
            "rewinds.py::test_what_a_bound_dropped_since_is_not_brought_back_by_a_rewind"),
     Mutant("keys learn from values and values from keys", "cache/two_phase.py",
-           "zip(self._quantizers, (keys, values), looks", "zip(self._quantizers, (values, keys), looks",
+           "zip(self._quantizers, self._tail, looks", "zip(self._quantizers, self._tail[::-1], looks",
            "methods.py::test_a_batch_is_its_sequences[turbo2.5]"),
     Mutant("a cache that is full drops one token too early", "cache/bound.py",
            "held + new <= max_size", "held + new < max_size",
