@@ -33,7 +33,7 @@ def the_long_way():
 
 
 def filled(tokens=40, steps=1, **how):
-    """A cache after a prompt and some decode steps; the first one encodes, and three later its count was looked at."""
+    """A cache after a prompt and some decode steps, of which the first one encodes."""
     cache = TurboQuantKVCache(SCHEME, **how)
     cache.update_and_fetch(*rows(tokens, 1))
     for step in range(steps):
