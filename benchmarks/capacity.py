@@ -3,17 +3,18 @@
     python benchmarks/capacity.py [--shape llama-3.1-8b] [--tokens 8192] [--memory 80] [--schemes fp16,turbo4]
                                   [--rounds 3]
 
-The prediction for a cache is (memory - weights) / bytes of one sequence (`mlx_turboquant.plan` prints the same
-bytes). It is confirmed by holding so many: caches are filled with random rows in chunks, as a compressed prefill
-leaves them, then all sequences decode 64 tokens `--rounds` times. `peak` is the most memory in use while they decode,
-weights included; a batch whose peak is above the memory is made smaller by what is missing, and tried again. GB are
-10^9 bytes. Prints a card, a table and one line of JSON.
+The prediction for a cache is (memory - weights) / bytes of one sequence that has decoded what is decoded here
+(`mlx_turboquant.plan` prints the same bytes). It is confirmed by holding so many: caches are filled with random rows in
+chunks, as a compressed prefill leaves them, then all sequences decode 64 tokens `--rounds` times. `peak` is the most
+memory in use while they decode, weights included; a batch whose peak is above the memory is made smaller by what is
+missing, and tried again. GB are 10^9 bytes. Prints a card, a table and one line of JSON.
 """
 
 import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx_turboquant import make_prompt_cache
 from mlx_turboquant.cli.evaluate import card
 from mlx_turboquant.ops.backend import choose_backend
 
+WARM = 2  # tokens decoded before anything is measured
 CHUNK = 512  # tokens of all sequences that are raw at once while caches are filled
 GB = 10**9
 
@@ -45,27 +47,28 @@ def held_caches(model, shape, scheme: str, batch: int, tokens: int) -> list:
     return cache
 
 
-def bytes_of_one(model, shape, scheme: str, tokens: int) -> int:
-    """Bytes of one sequence's cache with its spare room, from one layer."""
-    cache = make_prompt_cache(model, kv_scheme=scheme)[:1]
-    rows = [mx.zeros((1, shape.kv_heads, tokens, shape.dim), mx.float16) for _ in range(2)]
-    cache[0].update_and_fetch(*rows)
-    if scheme != "fp16":
-        cache[0].compress()
-    return shape.layers * cache[0].nbytes
+def bytes_of_one(model, shape, scheme: str, tokens: int, decoded: int) -> int:
+    """Bytes of one sequence's cache with its spare room after a prompt and so many more tokens, from one layer."""
+    (layer,) = make_prompt_cache(model, kv_scheme=scheme)[:1]
+    for n in (tokens, *[1] * decoded):
+        layer.update_and_fetch(*(mx.zeros((1, shape.kv_heads, n, shape.dim), mx.float16) for _ in range(2)))
+    return shape.layers * layer.nbytes
 
 
 def measure(model, shape, scheme: str, args: argparse.Namespace) -> dict:
     """The largest batch that fits, its peak and its tokens per second."""
-    one, memory = bytes_of_one(model, shape, scheme, args.tokens), int(args.memory * GB)
+    one = bytes_of_one(model, shape, scheme, args.tokens, WARM + args.rounds * STEPS)
+    memory = int(args.memory * GB)
     predicted = batch = int((memory - weight_bytes(model)) // one)
     while True:
         gc.collect()
         mx.clear_cache()
+        start = time.perf_counter()
         cache = held_caches(model, shape, scheme, batch, args.tokens)
         token = mx.zeros((batch, 1), mx.int32)
-        decode(model, cache, token, 2)
+        decode(model, cache, token, WARM)
         mx.synchronize()
+        print(f"{scheme}: {batch} sequences after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         mx.clear_cache()
         mx.reset_peak_memory()
         seconds = []
@@ -73,7 +76,9 @@ def measure(model, shape, scheme: str, args: argparse.Namespace) -> dict:
             start = time.perf_counter()
             decode(model, cache, token, STEPS)
             seconds.append((time.perf_counter() - start) / STEPS)
-        peak = mx.get_peak_memory()
+            peak = mx.get_peak_memory()
+            if peak > memory:
+                break
         nbytes = sum(layer.nbytes for layer in cache)
         del cache
         if peak <= memory:

@@ -44,7 +44,7 @@ def contestants(args, B: int, tokens: int, H: int, D: int, backend: str) -> dict
     def encoded(bits: int, scalings: int, backend: str, keys: bool = True):
         treatment = (dict(center=True, balance=balance) if keys else dict(center=False)), dict(center=False)
         return [
-            encode(rows, SINKS, stop, bits=bits, scalings=scalings, backend=backend, **common, **how)
+            encode(rows, SINKS, stop, bits=bits, scalings=scalings, backend=backend, **common, **how).packed
             for layer in layers
             for rows, how in zip(layer, treatment, strict=True)
         ]

@@ -2,16 +2,19 @@
 //
 // Inputs
 //   rows     (B, Hkv, capacity, D) T, a whole buffer; encoded are `count` rows from row `start` on
-//   factors  (D,) or (B, Hkv, D) float32: the rotation's signs, times the balance where there is one
+//   signs    (D,) float32, the rotation's
+//   balance  (B, Hkv, D) float32 that rows are multiplied with first; not read if not BALANCE
 //   hartley  at least 8 float32: the rotation's (ODD, ODD) matrix row by row, D = ODD * TWO; see rows.h
 //   tables   float32: 2^BITS centroids, TERMS coefficients of the cell polynomial, SCALINGS pairs (a, b), the largest T
-//   sizes    at least 8 int32: start, capacity, elements from one head's factors to the next (0 or D)
+//   sizes    at least 8 int32: start, capacity
 // Outputs, n = count / BLOCK blocks
 //   codes    (B, Hkv, count, W) uint32, as mlx_turboquant/packing.py packs
 //   scales   (B, Hkv, count, D / GROUP) T
 //   centers  (B, Hkv, n, D) T; 8 zeros if not CENTER
+//   bad      (B, Hkv, n, BAD_WORDS) uint32, BAD_WORDS = BLOCK / 32 rounded up: bit r % 32 of word r / 32 is set if row r
+//            of the block holds a number that is not finite (as survey.metal has it)
 // Template: T float16_t, bfloat16_t or float. D, at most 256, with TWO >= 16. BITS 2, 3, 4 or 8. GROUP, a divisor of D.
-//   BLOCK, a multiple of 16. CENTER. SCALINGS tried. TERMS of the polynomial. PER, see rows.h: at least 2 lanes for a
+//   BLOCK, a multiple of 16. CENTER. BALANCE. SCALINGS tried. TERMS of the polynomial. PER, see rows.h: at least 2 lanes for a
 //   row, and where PER divides GROUP and GROUP divides TWO or TWO divides GROUP, no masks are needed. THREADS, a
 //   multiple of 32 and at least D / 8.
 // Grid: (n, Hkv, B) threadgroups of THREADS, one for each block.
@@ -176,13 +179,16 @@ template <typename T, int D, int PER, int BITS, int GROUP, bool CENTER, int SCAL
   float largest;
   float centroid;  // number lane % 2^BITS
 
+  template <bool BALANCE>
   METAL_FUNC void prepare(
-      const device float* factors, const device float* tables, const threadgroup float* mean, uint j, uint lane) {
+      const device float* signs, const device float* balance, const device float* tables,
+      const threadgroup float* mean, uint j, uint lane) {
     constexpr int E = D / (D & -D) * PER;
     centroid = tables[lane % (1u << BITS)];
 #pragma unroll
     for (int e = 0; e < E; e++) {
-      factor[e] = factors[element_of<D, PER>(e, j)];
+      factor[e] = signs[element_of<D, PER>(e, j)];
+      if (BALANCE) { factor[e] *= balance[element_of<D, PER>(e, j)]; }
       if (CENTER) { center[e % (sizeof(center) / 4)] = mean[element_of<D, PER>(e, j)]; }
     }
     const device float* table = tables + (1 << BITS);
@@ -193,15 +199,20 @@ template <typename T, int D, int PER, int BITS, int GROUP, bool CENTER, int SCAL
     largest = table[TERMS + 2 * SCALINGS];
   }
 
-  // y <- sqrt(TWO) times the conditioned, rotated row.
-  METAL_FUNC void read(const device T* row, const device float* hartley, uint j, bool checked, thread float* y) const {
+  // y <- sqrt(TWO) times the conditioned, rotated row. Where it is CHECKED, `bad` says whether it holds a number that is
+  // not finite, in all of its lanes.
+  template <bool CHECKED>
+  METAL_FUNC void read(const device T* row, const device float* hartley, uint j, thread float* y, thread bool& bad) const {
     constexpr int E = D / (D & -D) * PER;
+    float found = 0.0f;
     load_row<T, D, PER>(row, j, y);
 #pragma unroll
     for (int e = 0; e < E; e++) {
+      if (CHECKED) { found = is_finite(y[e]) ? found : 1.0f; }
       float x = CENTER ? y[e] - center[e % (sizeof(center) / 4)] : y[e];
-      y[e] = (checked ? finite_part(x) : x) * factor[e];
+      y[e] = (CHECKED ? finite_part(x) : x) * factor[e];
     }
+    if (CHECKED) { bad = span_max<(D & -D) / PER>(found) > 0.0f; }
     rotate_rows<D, PER>(y, hartley, j);
   }
 
@@ -229,14 +240,14 @@ template <typename T, int D, int PER, int BITS, int GROUP, bool CENTER, int SCAL
   template <int FIRST, int LAST, int SPAN, bool MASKED>
   METAL_FUNC float encode(
       const device T* row, const device float* hartley, const threadgroup float* book, uint j, uint group,
-      thread float* y, thread Codes<BITS, D / (D & -D) * PER>& codes) const {
+      thread float* y, thread Codes<BITS, D / (D & -D) * PER>& codes, thread bool& bad) const {
     float top, energy;
     float unit = metal::rsqrt(float(D & -D));
     measure<FIRST, LAST, SPAN, MASKED>(y, j, group, top, energy);
     // A NaN or infinity in the row has spread over all of it, so that its energy is not finite either, nor is that of
     // entries that must be clipped.
     if (simd_any(!(energy > GROUP * USUAL_LOW && energy < GROUP * USUAL_HIGH))) {
-      read(row, hartley, j, true, y);
+      read<true>(row, hartley, j, y, bad);
       measure<FIRST, LAST, SPAN, MASKED>(y, j, group, top, energy);
       uint exponent = min(as_type<uint>(top) >> 23, 253u);
       float down = as_type<float>((254u - exponent) << 23);
@@ -283,21 +294,21 @@ template <int SLOT, int SLOTS> struct Slots {
   template <typename E, typename T, typename C, int D, int PER, int GROUP>
   METAL_FUNC static void run(
       const thread E& encoder, const device T* row, const device float* hartley, const threadgroup float* book, uint j,
-      thread float* y, thread C& codes, device T* scales) {
+      thread float* y, thread C& codes, thread bool& bad, device T* scales) {
     constexpr int TWO = D & -D;
     constexpr int SIZE = D / TWO * PER / SLOTS;
     constexpr int SMALL = GROUP < TWO ? GROUP : TWO;
     float scale = encoder.template encode<SLOT * SIZE, (SLOT + 1) * SIZE, SMALL / PER, false>(
-        row, hartley, book, j, 0u, y, codes);
+        row, hartley, book, j, 0u, y, codes, bad);
     if (j * PER % SMALL == 0) { scales[element_of<D, PER>(SLOT * SIZE, j) / uint(GROUP)] = static_cast<T>(scale); }
-    Slots<SLOT + 1, SLOTS>::template run<E, T, C, D, PER, GROUP>(encoder, row, hartley, book, j, y, codes, scales);
+    Slots<SLOT + 1, SLOTS>::template run<E, T, C, D, PER, GROUP>(encoder, row, hartley, book, j, y, codes, bad, scales);
   }
 };
 template <int SLOTS> struct Slots<SLOTS, SLOTS> {
   template <typename E, typename T, typename C, int D, int PER, int GROUP>
   METAL_FUNC static void run(
       const thread E&, const device T*, const device float*, const threadgroup float*, uint, thread float*, thread C&,
-      device T*) {}
+      thread bool&, device T*) {}
 };
 
 // ==== body ====
@@ -308,7 +319,9 @@ constexpr uint ROWS = 32 / LANES;
 constexpr bool MASKED = GROUP % PER != 0 || (TWO % GROUP != 0 && GROUP % TWO != 0);
 constexpr int SLOTS = MASKED ? 1 : GROUP < TWO ? D / TWO : D / GROUP;
 constexpr int WORDS = words_of_codes(BITS, D);
+constexpr uint BAD_WORDS = (BLOCK + 31) / 32;
 threadgroup float book[256];
+threadgroup uchar bad_rows[BLOCK];
 threadgroup float sums[CENTER ? THREADS * 8 : 1];
 
 uint thread_ = thread_index_in_threadgroup;
@@ -329,23 +342,32 @@ if (CENTER) {
 
 uint j = lane % LANES;
 Encoder<T, D, PER, BITS, GROUP, CENTER, SCALINGS, TERMS> encoder;
-encoder.prepare(factors + head * ulong(sizes[2]), tables, sums, j, lane);
+encoder.template prepare<BALANCE>(signs, balance + (BALANCE ? head * ulong(D) : 0), tables, sums, j, lane);
 for (uint first = simdgroup_index_in_threadgroup * ROWS; first < uint(BLOCK); first += THREADS / 32 * ROWS) {
   uint row = first + lane / LANES;
   const device T* from = source + row * D;
   device T* to = scales + (out + row) * (D / GROUP);
   float y[ELEMENTS];
   Codes<BITS, ELEMENTS> packed;
+  bool bad_row = false;
   packed.clear();
-  encoder.read(from, hartley, j, false, y);
+  encoder.template read<false>(from, hartley, j, y, bad_row);
   if (MASKED) {
     for (uint group = 0; group < uint(D / GROUP); group++) {
-      float scale = encoder.template encode<0, ELEMENTS, int(LANES), true>(from, hartley, book, j, group, y, packed);
+      float scale =
+          encoder.template encode<0, ELEMENTS, int(LANES), true>(from, hartley, book, j, group, y, packed, bad_row);
       if (j == 0) { to[group] = static_cast<T>(scale); }
     }
   } else {
     Slots<0, SLOTS>::template run<decltype(encoder), T, Codes<BITS, ELEMENTS>, D, PER, GROUP>(
-        encoder, from, hartley, book, j, y, packed, to);
+        encoder, from, hartley, book, j, y, packed, bad_row, to);
   }
   store_codes<D, PER, BITS>(codes + (out + row) * WORDS, j, packed);
+  if (j == 0) { bad_rows[row] = bad_row ? 1 : 0; }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (uint word = thread_; word < BAD_WORDS; word += THREADS) {
+  uint bits = 0;
+  for (uint r = 0; r < 32 && word * 32 + r < uint(BLOCK); r++) { bits |= uint(bad_rows[word * 32 + r]) << r; }
+  bad[(head * blocks + block) * BAD_WORDS + word] = bits;
 }

@@ -54,7 +54,7 @@ def attend(
     raw = keys.quantizer.bits == 0 and values.quantizer.bits == 0
     if queries.shape[2] > MAX_DIRECT_QUERIES or raw:
         chosen = choose_backend(backend)
-        k, v = (side.dense(None if in_kernels(side.quantizer, chosen) else PIECE_TOKENS) for side in (keys, values))
+        k, v = (side.dense(None if in_kernels(chosen, side.quantizer) else PIECE_TOKENS) for side in (keys, values))
         out = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask, sinks=sinks)
         # Now, so that one layer's decoded rows are gone before the next one's are made.
         settle(k.nbytes + v.nbytes, out)
@@ -127,9 +127,9 @@ def how_attended(keys: Any, values: Any, block: int) -> str:
     return f"{backend} kernel" if reason is None else f"plain MLX: {reason}"
 
 
-def in_kernels(quantizer: Any, backend: str) -> bool:
-    """Whether rows are decoded in a kernel, without large temporary arrays."""
-    return backend != "reference" and not isinstance(quantizer.fused, str) and quantizer.fused.projection is None
+def in_kernels(backend: str | None, *quantizers: Any) -> bool:
+    """Whether rows are encoded and decoded in kernels, without large temporary arrays."""
+    return choose_backend(backend) != "reference" and all(quantizer.in_kernels for quantizer in quantizers)
 
 
 def _attend_in_kernel(queries, keys, values, scale, mask, sinks, backend: str | None) -> mx.array | None:

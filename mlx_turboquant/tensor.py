@@ -23,19 +23,20 @@ def settle(nbytes: int, *arrays: mx.array | None) -> None:
 _started = threading.local()  # an array is evaluated only in the thread that made it
 
 
-def start_settling(nbytes: int, *arrays: mx.array | None, lean: bool = False) -> None:
-    """The same, but wait for the arrays of the call before: a GPU works on one layer while Python prepares the next.
+def start_settling(nbytes: int, arrays: Callable[[], Sequence[mx.array]], lean: bool = False) -> None:
+    """The same for the arrays that a function returns, but wait for those of the call before.
 
-    What two layers are made from is then held at once. Lean are kernels, which need no room beside what they read and
-    write: of theirs as many layers are started together as hold 1/256 of the memory. The first token of a short prompt
-    is shown after the next step was started, and would wait for these layers (H200: 30 ms behind 8,192 tokens).
+    So a GPU works on one layer while Python prepares the next. What two layers are made from is then held at once. Lean
+    are kernels, which need no room beside what they read and write: of theirs as many layers are started together as
+    hold 1/256 of the memory. The first token of a short prompt is shown after the next step was started, and would wait
+    for these layers (H200: 30 ms behind 8,192 tokens).
     """
     large = LARGE_BYTES
     if lean:
         _started.nbytes = nbytes = nbytes + getattr(_started, "nbytes", 0)
         large = max(large, mx.get_memory_limit() // 256)
     if nbytes >= large:
-        some = [array for array in arrays if array is not None]
+        some = arrays()
         mx.async_eval(*some)
         before = getattr(_started, "array", None)
         _started.nbytes = 0

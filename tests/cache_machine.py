@@ -14,7 +14,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_turboquant import KVScheme
 from mlx_turboquant.binding import ATTENTION, bind
-from mlx_turboquant.cache import BatchTurboQuantKVCache
+from mlx_turboquant.cache import BatchTurboQuantKVCache, query_moments
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.tensor import CompressedRows, RaggedRows
 
@@ -138,7 +138,7 @@ class Layers(RuleBasedStateMachine):
                 if queries.shape[2] > 8:
                     sequence.count_newest()
                 else:
-                    sequence.newest = self.near(cache._queries._newest[i], sequence.newest)
+                    sequence.newest = self.near(query_moments._sums_over(*cache._queries._newest)[i], sequence.newest)
             self.check_sums(cache, sequence, i)
 
     def near(self, got, expected):

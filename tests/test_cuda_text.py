@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.ops import attend_calls, balance, dequantize, encode, score, survey, trellis
+from mlx_turboquant.ops import attend_calls, balance, dequantize, encode, keep_rows, score, survey, trellis
 from mlx_turboquant.ops import kernel as kernels
 from mlx_turboquant.ops.cuda_text import cuda_text, in_a_file
 
@@ -21,6 +21,7 @@ KERNELS = [
     survey._SURVEY,
     trellis._TRELLIS,
     balance._BALANCE,
+    keep_rows._KEEP,
 ]
 
 

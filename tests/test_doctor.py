@@ -71,7 +71,7 @@ def call(monkeypatch, capsys):
 @on_cpu
 def test_without_a_gpu_it_checks_the_reference_and_says_that_no_kernel_ran(call):
     code, out, _ = call(doctor.main)
-    assert code == 0 and "No kernel ran here" in out and "13 of 13 checks right" in out
+    assert code == 0 and "No kernel ran here" in out and "14 of 14 checks right" in out
     assert all(f"| {row.kernel} |" in out for row in RECORD) and out.count("| not run |") == len(RECORD)
 
 
@@ -104,21 +104,21 @@ def test_a_backend_that_is_not_there_is_one_line(call, script, arguments):
 def test_wrong_kernels_are_named_with_what_to_do(call):
     code, out, _ = call(doctor.main, "--backend", "zeros", "--json")
     report = json.loads(out.splitlines()[-1])
-    assert code == 1 and not report["ok"] and [check["ok"] for check in report["checks"]] == [False] * 13
+    assert code == 1 and not report["ok"] and [check["ok"] for check in report["checks"]] == [False] * 14
     assert "WRONG: encode, 4 bits D128 float16: error" in out and "| attend_merge | " in out and "0 of 2 right" in out
     assert f"{VARIABLE}=reference" in out and "scripts/check_kernels" in out
 
 
 def test_a_kernel_that_does_not_compile_is_a_result_like_others(call, script):
     code, out, _ = call(doctor.main, "--backend", "broken")
-    assert code == 1 and out.count("WRONG: ") == 13 and "Unable to build metal library" in out
+    assert code == 1 and out.count("WRONG: ") == 14 and "Unable to build metal library" in out
     code, out, _ = call(script.main, "--backend", "broken", "--quick", "--no-timing")
     report = json.loads(out.splitlines()[-1])
     assert code == 1 and report["operations"]["attend"] == {
         **{"combinations": 5, "wrong": 5, "raised": 5, "kernels": ["attend", "attend_merge"]},
         **{"worst": None, "median_ms": None},
     }
-    assert out.count("| **no** | |") == len(report["wrong"]) == 13 and "no \\| such" in out
+    assert out.count("| **no** | |") == len(report["wrong"]) == 14 and "no \\| such" in out
 
 
 def test_a_wrong_backend_for_these_rows_is_no_silent_fallback():
@@ -132,8 +132,8 @@ def test_the_kernels_pass_their_own_self_test_and_a_small_error_does_not(call, s
     """On the emulator, the two-pass cases again with a merge that is 2% off."""
     code, out, _ = call(script.main, "--emulator")
     report = json.loads(out.splitlines()[-1])
-    assert code == 0 and report["ok"] and report["backend"] == "emulator" and "13 of 13 combinations are right" in out
-    assert out.count("| yes |") == 13 and [line for line in out.splitlines() if line.startswith("## ")] == [
+    assert code == 0 and report["ok"] and report["backend"] == "emulator" and "14 of 14 combinations are right" in out
+    assert out.count("| yes |") == 14 and [line for line in out.splitlines() if line.startswith("## ")] == [
         *("## attend: 5 combinations", "## encode: 2 combinations", "## dequantize: 2 combinations"),
         *("## survey: 1 combinations", "## balance: 1 combinations", "## score: 2 combinations"),
     ]
@@ -157,7 +157,7 @@ def test_attention_is_timed_beside_fp16(script, monkeypatch, capsys):
 
 def test_the_full_list_goes_through_every_choice():
     cases = full()
-    assert len({(case.operation, str(case)) for case in cases}) == len(cases) > 400 and len(quick()) == 13
+    assert len({(case.operation, str(case)) for case in cases}) == len(cases) > 400 and len(quick()) == 14
     attends = [case for case in cases if isinstance(case, AttendCase)]
     pairs = {(case.key_bits, case.value_bits, case.passes) for case in attends}
     assert pairs == {(k, v, p) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8) for p in (1, 2) if k or v}

@@ -21,10 +21,16 @@ on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def run(case, backend, rows=None, **emulator):
-    """What `encode` makes of a case's rows; with the emulator, every access is checked."""
+    """What `encode` makes of a case's rows; which are bad is looked at here. The emulator checks every access."""
     with kernel_emulator.options(check=True, **emulator):
-        out = encode(case.rows() if rows is None else rows, case.start, case.stop, backend=backend, **case.arguments())
-        mx.eval(out)
+        rows = case.rows() if rows is None else rows
+        out, bad = encode(rows, case.start, case.stop, backend=backend, **case.arguments())
+        mx.eval(out, bad)
+    valid = f64(rows)[:, :, case.start : case.stop].reshape(case.B, case.heads, case.blocks, case.block, case.D)
+    wanted = ~np.isfinite(valid).all(axis=-1)
+    bits = np.array(bad)[..., None] >> np.arange(32, dtype=np.uint32) & 1
+    found = bits.reshape(*wanted.shape[:3], -1)
+    assert np.array_equal(found[..., : case.block], wanted) and not found[..., case.block :].any()
     return out
 
 
@@ -224,7 +230,7 @@ def test_offsets_beyond_32_bits_are_not_cut(backend):
 def test_float16_scales_saturate_instead_of_overflowing(backend):
     rows = mx.full((1, 2, 16, 64), 65504.0, mx.float16)
     arguments = Case(D=64).arguments() | dict(center=False, balance=mx.full((1, 2, 64), 4.0))
-    got = encode(rows, 0, 16, **arguments, backend=backend)
+    got = encode(rows, 0, 16, **arguments, backend=backend).packed
     assert np.all(f64(got.scales) == 65504)
 
 
@@ -258,8 +264,9 @@ def test_what_the_kernel_cannot_take_is_encoded_by_plain_mlx_and_said_once():
     for change, D, reason in cases:
         rows = mx.random.normal((1, 2, 40, D), key=mx.random.key(0))
         with pytest.warns(UserWarning, match=f"{backend} kernel does not take these rows, because {reason}"):
-            got = encode(rows, 3, 35, **arguments | change, backend=backend)
-        wanted = encode(rows, 3, 35, **arguments | change, backend="reference")
+            got, bad = encode(rows, 3, 35, **arguments | change, backend=backend)
+        wanted, none = encode(rows, 3, 35, **arguments | change, backend="reference")
+        assert not bad.any() and bad.shape == none.shape
         assert all(mx.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -290,6 +297,7 @@ def test_rows_that_are_not_whole_blocks_of_the_buffer_are_refused(start, stop):
         ("own : best_energy", "best_energy : own"),  # the scale
         ("row = first + lane / LANES", "row = first + lane % LANES"),
         ("ulong(sizes[0]) + ", ""),  # the first row
+        ("bad_row ? 1 : 0", "bad_row ? 0 : 1"),
     ],
 )
 @pytest.mark.parametrize("backend", [EMULATOR])

@@ -47,8 +47,11 @@ def test_a_restored_cache_goes_on_bit_for_bit(model, tmp_path, scheme, phase, th
     assert cache[0].block_tokens > 0
     assert mx.array_equal(runs[0], runs[1]) and mx.array_equal(runs[0], runs[2])
     again = through(tmp_path / "again.safetensors", loaded)
-    assert [c.nbytes for c in again] == [c.nbytes for c in loaded] or scheme.endswith("sinks=0")
-    assert str(mlx_turboquant.report(again)).split() == str(mlx_turboquant.report(loaded)).split()
+    # Loading leaves out the room that decoding made.
+    assert all(mine.nbytes <= theirs.nbytes for mine, theirs in zip(again, loaded, strict=True))
+    third = through(tmp_path / "third.safetensors", again)
+    assert [c.nbytes for c in third] == [c.nbytes for c in again]
+    assert str(mlx_turboquant.report(third)).split() == str(mlx_turboquant.report(again)).split()
 
 
 def test_a_new_process_needs_only_the_file(model, tmp_path):

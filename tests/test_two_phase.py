@@ -306,9 +306,9 @@ def test_layers_encoded_in_kernels_are_started_together_up_to_a_part_of_the_memo
     monkeypatch.setattr(tensor.mx, "get_memory_limit", lambda: 256 * 100 * 2**20)
     monkeypatch.setattr(tensor, "_started", threading.local())
     for _ in range(7):
-        tensor.start_settling(40 * 2**20, array, lean=True)
+        tensor.start_settling(40 * 2**20, lambda: [array], lean=True)
     assert started == [1, 1]  # after 120 MiB, twice
     for _ in range(3):
-        tensor.start_settling(40 * 2**20, array)  # plain operations: each layer
-    tensor.start_settling(4 * 2**20, array)
+        tensor.start_settling(40 * 2**20, lambda: [array])  # plain operations: each layer
+    tensor.start_settling(4 * 2**20, lambda: [array])
     assert started == [1] * 5

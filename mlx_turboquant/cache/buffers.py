@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from mlx_turboquant.cache.schedule import spare_blocks
 from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import PackedTensor, tokens_per_row
 
@@ -21,8 +22,7 @@ class RowBuffer:
     @property
     def array(self) -> mx.array | None:
         """All rows, with spare room; None before any."""
-        if self._parts is not None:
-            self._join()
+        self._join()
         return self._array
 
     @array.setter
@@ -47,13 +47,17 @@ class RowBuffer:
             # Assigning all of an array makes it the assigned one, a slice of another perhaps.
             self.array, self.length = mx.contiguous(rows), stop
             return
-        if self.array is None or stop > self.array.shape[2]:
+        array = self.array
+        if array is not None and stop == capacity > array.shape[2]:
+            self.array, self.length = mx.concatenate([self.view(), rows], axis=2), stop
+            return
+        if array is None or stop > array.shape[2]:
             B, H, _, D = rows.shape
             grown = mx.zeros((B, H, max(stop, capacity), D), rows.dtype)
             if self.length:
                 grown[:, :, : self.length] = self.view()
-            self.array = grown
-        self.array[:, :, self.length : stop] = rows
+            self.array = array = grown
+        array[:, :, self.length : stop] = rows
         self.length = stop
 
     def beside(self, row: mx.array) -> TailParts:
@@ -71,7 +75,8 @@ class RowBuffer:
 
     def _join(self) -> None:
         parts, self._parts = self._parts, None
-        self._array[:, :, parts.joined : parts.joined + parts.count + 1] = parts.loose()
+        if parts is not None:
+            self._array[:, :, parts.joined : parts.joined + parts.count + 1] = parts.loose()
 
     def keep(self, start: int, stop: int, capacity: int = 0) -> None:
         """Keep only rows start..stop, in a new array of `capacity` rows, or more if they need it."""
@@ -88,8 +93,7 @@ class RowBuffer:
 
     def truncate(self, length: int) -> None:
         """Forget the rows from `length` on; their room stays."""
-        if self._parts is not None:
-            self._join()
+        self._join()
         self.length = length
 
 
@@ -117,17 +121,19 @@ class PackedBuffer:
 
     def stored(self) -> PackedTensor:
         """The buffers themselves, with their spare room."""
-        return self._parts.map(lambda part: part.array)
+        return PackedTensor(*[None if part is None else part.array for part in self._parts])
 
     def append(self, packed: PackedTensor, expected: int = 0) -> None:
-        """Add encoded blocks. The first time the room is for `expected` rows; later it grows by 1/32 when it must."""
+        """Add encoded blocks. The first time the room is for `expected` rows; later it grows when it must."""
         blocks = (self.length + packed.length) // self.block
         if self._parts is None:
-            self._parts = packed.map(lambda array: RowBuffer())
+            self._parts = PackedTensor(*[None if array is None else RowBuffer() for array in packed])
             room = expected // self.block
         else:
-            room = blocks + blocks // 32
-        self._parts.map(lambda part, array, n: part.append(array, room * (self.block // n)), packed, self._tokens)
+            room = blocks + spare_blocks(blocks)
+        for part, array, n in zip(self._parts, packed, self._tokens, strict=True):
+            if part is not None:
+                part.append(array, room * (self.block // n))
 
     def drop(self, length: int) -> None:
         """Forget the first `length` rows (whole blocks); the others move to new arrays with as much room as before."""

@@ -16,28 +16,36 @@ class _Glance:
     """
 
     def __init__(self) -> None:
+        self._seen: list[mx.array] = []
         self._any: mx.array | None = None
         self._answer: bool | None = None
         self._members: set[int] = set()
 
     def takes(self, member: object) -> bool:
-        """Whether a layer may join: it was not read yet, and this is the layer's first encoding since it began."""
-        return self._answer is None and id(member) not in self._members
+        """Whether a layer may join: nobody began, and this is the layer's first encoding since it was made."""
+        return self._any is None and id(member) not in self._members
 
-    def join(self, member: object, bad: mx.array) -> mx.array:
-        """Add whether a layer's rows are bad; returns what says it for all layers so far."""
+    def join(self, member: object, *bad: mx.array) -> None:
+        """Add which of a layer's rows are bad."""
         self._members.add(id(member))
-        self._any = bad if self._any is None else self._any | bad
-        return self._any
+        self._seen += bad
+
+    def begin(self) -> None:
+        """Have it computed, without waiting."""
+        if self._any is None:
+            self._any, self._seen = mx.concatenate([bad.reshape(-1) for bad in self._seen]).any(), []
+            mx.async_eval(self._any)
 
     def found(self) -> bool:
         """Whether any was bad; waits for it."""
         if self._answer is None:
+            self.begin()
             self._answer = self._any.item()
         return self._answer
 
 
-_LATER = 3  # steps: by then it has been computed along with the one that encoded
+# Steps after the one that encodes: it is computed behind that step, which need not wait for it, and read a step later.
+_BEGINS, _LATER = 2, 3
 _current = threading.local()  # an array is evaluated only in the thread that made it
 
 
@@ -53,13 +61,13 @@ class NonfiniteReport:
         """Whether there is something that was not counted yet."""
         return bool(self._seen)
 
-    def add(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """Take note of `Survey.bad` of rows that are being encoded; what to evaluate with what is encoded."""
+    def add(self, keys: mx.array, values: mx.array) -> None:
+        """Take note of `Encoded.bad` of rows that are being encoded."""
         glance = getattr(_current, "glance", None)
         if glance is None or not glance.takes(self):
             glance = _current.glance = _Glance()
         self._seen.append((self._step + _LATER, glance, keys, values))
-        return [keys, values, glance.join(self, keys.any() | values.any())]
+        glance.join(self, keys, values)
 
     def take_in(self, others: Iterable["NonfiniteReport"]) -> None:
         """Warn of what others have not counted yet, too: of the same layer, whose rows have joined."""
@@ -69,7 +77,12 @@ class NonfiniteReport:
     def step(self, layer: int) -> None:
         """Called once per update: warn if a count that is ready is not zero."""
         self._step += 1
-        if not self._seen or self._seen[0][0] > self._step:
+        if not self._seen:
+            return
+        for at, glance, *_ in self._seen:
+            if at - self._step <= _LATER - _BEGINS:
+                glance.begin()
+        if self._seen[0][0] > self._step:
             return
         # Each at its own time: a batch may encode something in every step.
         ready = [seen for seen in self._seen if seen[0] <= self._step]

@@ -18,6 +18,8 @@ class Steps:
     """
 
     def __init__(self) -> None:
+        self.readers: dict[str | None, Any] = {}
+        self._joined = False  # whether what read the rows last would have taken another token beside the tail
         self.stop()
 
     def __deepcopy__(self, memo: dict) -> "Steps":
@@ -25,7 +27,9 @@ class Steps:
 
     def stop(self) -> None:
         """Forget everything: what the cache holds changes in another way than by a token of each sequence."""
-        self.readers: dict[str | None, Any] = {}
+        if self.readers:
+            self._joined = all(reader.joins for reader in self.readers.values())
+        self.readers = {}
         self._left = 0
         self._form: tuple = ()
         self._sides: list[tuple] = []
@@ -56,11 +60,12 @@ class PlainSteps(Steps):
     """
 
     def start(self, cache: Any) -> None:
-        """Find out how many plain steps follow, after one that was not."""
+        """Find out how many plain steps follow."""
         if cache._blocks is None or cache._undo:
             return
         tails = cache._tail
-        left = min(until_due(cache.scheme, tails[0].length, False), tails[0].array.shape[2] - tails[0].length)
+        arrays = [rows.array for rows in tails]
+        left = min(until_due(cache.scheme, tails[0].length, False), arrays[0].shape[2] - tails[0].length)
         if cache.max_size is not None:
             left = min(left, cache.max_size - cache.size())
         if left <= 0:
@@ -70,7 +75,7 @@ class PlainSteps(Steps):
             (rows, first, blocks.stored(), blocks.length, quantizer, cache.scheme.block)
             for rows, first, blocks, quantizer in zip(tails, sinks, cache._blocks, cache._quantizers, strict=True)
         )
-        self._begin(left, [rows.array for rows in tails], sides)
+        self._begin(left, arrays, sides)
 
     def take(self, cache: Any, keys: mx.array, values: mx.array) -> tuple[CompressedRows, CompressedRows] | None:
         """All rows after one more token; None if this is no plain step, and nothing was done."""
@@ -79,7 +84,8 @@ class PlainSteps(Steps):
         self._left -= 1
         self._report(cache)
         readers = self.readers
-        add = _put_beside if readers and all(reader.joins for reader in readers.values()) else _write
+        joins = all(reader.joins for reader in readers.values()) if readers else self._joined
+        add = _put_beside if joins else _write
         return tuple(add(new, *side, readers) for new, side in zip((keys, values), self._sides, strict=True))
 
 

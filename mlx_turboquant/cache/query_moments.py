@@ -1,6 +1,7 @@
 """What the prompt's queries weigh: sums of their squares, or of their outer products, for each key head."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,8 +15,8 @@ _BLOCK = 64  # queries that one threadgroup sums
 class QueryMoments:
     """Sums over the queries of a prompt.
 
-    A call of a few tokens may have been a decode step. Its queries are held back until a prefill loop says that it was
-    prompt (`count_newest`), and are forgotten at the next call.
+    A call of a few tokens may have been a decode step. Its queries are held back as they are until a prefill loop says
+    that it was prompt (`count_newest`), and are forgotten at the next call.
 
     Attributes:
         sums: (B, Hkv, D) or (B, Hkv, D, D) float32, or None before any.
@@ -23,7 +24,7 @@ class QueryMoments:
 
     def __init__(self) -> None:
         self.sums: mx.array | None = None
-        self._newest: mx.array | None = None
+        self._newest: tuple[Any, ...] | None = None  # the arguments of `_sums_over`
 
     def observe(
         self, queries: mx.array, heads: int, wanted: str, counts: Sequence[int] | None = None
@@ -37,25 +38,11 @@ class QueryMoments:
             counts: for each sequence, how many of the queries count, from the first on; None for all of them.
 
         Returns:
-            What to evaluate together with the call, so that the queries need not stay.
+            What to evaluate together with the call, so that many queries need not stay; None for a few.
         """
-        B, H, L, D = queries.shape
-        whole = counts is None or min(counts) >= L
-        if whole and wanted == "squares" and L > MAX_DIRECT_QUERIES and choose_backend() != "reference":
-            self._newest = survey(queries, 0, L, block=_BLOCK, squares=True, heads=heads).squares
-            self.count_newest()
-            return self.sums
-        rows = queries.astype(mx.float32).reshape(B, heads, H // heads, L, D)
-        if not whole:
-            counted = mx.arange(L) < mx.array(counts)[:, None]
-            rows = mx.where(counted[:, None, None, :, None], rows, 0.0)
-        if wanted == "moments":
-            rows = rows.reshape(B, heads, -1, D)
-            self._newest = rows.swapaxes(-1, -2) @ rows
-        else:
-            self._newest = mx.square(rows).sum(axis=(2, 3))
-        if L <= MAX_DIRECT_QUERIES:
-            return self._newest
+        self._newest = queries, heads, wanted, counts
+        if queries.shape[2] <= MAX_DIRECT_QUERIES:
+            return None
         self.count_newest()
         return self.sums
 
@@ -78,10 +65,26 @@ class QueryMoments:
 
     def count_newest(self) -> None:
         """What was held back was prompt."""
-        new, self._newest = self._newest, None
-        if new is not None:
+        newest, self._newest = self._newest, None
+        if newest is not None:
+            new = _sums_over(*newest)
             self.sums = new if self.sums is None else self.sums + new
 
     def forget_newest(self) -> None:
         """What was held back was none."""
         self._newest = None
+
+
+def _sums_over(queries: mx.array, heads: int, wanted: str, counts: Sequence[int] | None) -> mx.array:
+    B, H, L, D = queries.shape
+    whole = counts is None or min(counts) >= L
+    if whole and wanted == "squares" and choose_backend() != "reference":
+        return survey(queries, 0, L, block=_BLOCK, squares=True, heads=heads).squares
+    rows = queries.astype(mx.float32).reshape(B, heads, H // heads, L, D)
+    if not whole:
+        counted = mx.arange(L) < mx.array(counts)[:, None]
+        rows = mx.where(counted[:, None, None, :, None], rows, 0.0)
+    if wanted == "moments":
+        rows = rows.reshape(B, heads, -1, D)
+        return rows.swapaxes(-1, -2) @ rows
+    return mx.square(rows).sum(axis=(2, 3))

@@ -12,7 +12,6 @@ from mlx_turboquant.cache.plain_batch_steps import PlainBatchSteps
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.cache.ragged_store import RaggedStore
 from mlx_turboquant.cache.schedule import due
-from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.quantizers import RawRows, make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -105,34 +104,34 @@ class RaggedCompression:
         self._plain.stop()
         cases = {(length.packed == 0, stop) for length, stop in zip(lengths, stops, strict=True)}
         groups = [slice(0, len(stops))] if len(cases) == 1 else [slice(i, i + 1) for i in work]
-        bad = [array for which in groups for array in self._encode(which, skips[which.start], stops[which.start])]
-        self._rows.encoded(skips, stops, bad)
+        for which in groups:
+            self._encode(which, skips[which.start], stops[which.start])
+        self._rows.encoded(skips, stops)
         encoded = sum(stops) - sum(skips)
         per_token = sum(rows.shape[1] * rows.shape[3] * rows.itemsize for rows in self._rows.tail)
-        lean = all(in_kernels(quantizer, choose_backend()) for quantizer in self._quantizers)
-        start_settling(encoded * per_token, *self._rows.arrays().values(), *self._learned(), lean=lean)
+        lean = in_kernels(None, *self._quantizers)
+        start_settling(encoded * per_token, lambda: [*self._rows.arrays().values(), *self._learned()], lean=lean)
         return encoded
 
-    def _encode(self, which: slice, skip: int, stop: int) -> list[mx.array]:
+    def _encode(self, which: slice, skip: int, stop: int) -> None:
         """Encode rows skip..stop of the tails of some sequences, which all are raw or all have blocks."""
         tails = [rows[which] for rows in self._rows.tail]
-        keys, values = (rows[:, :, skip:stop] for rows in tails)
         quantizers = [quantizer.sequences(which) for quantizer in self._quantizers]
         starts = [length.packed for length in self._rows.lengths[which]]
-        looks = [
-            quantizer.look(rows, skip, stop, self.scheme.block, starts[0] == 0)
-            for quantizer, rows in zip(quantizers, tails, strict=True)
-        ]
         if starts[0] == 0:
             if skip:
                 self._rows.keep_sinks(which.start, [rows[:, :, :skip] for rows in tails])
             sums = self._queries.sums
-            for quantizer, rows, look in zip(quantizers, (keys, values), looks, strict=True):
-                quantizer.fit(rows, None if sums is None else sums[which], look.squares)
+            sums = None if sums is None else sums[which]
+            for quantizer, rows in zip(quantizers, tails, strict=True):
+                quantizer.fit(rows[:, :, skip:stop], sums, quantizer.squares(rows, skip, stop))
             self._keep_learned(which, quantizers)
+        seen = []
         for side, (quantizer, rows) in enumerate(zip(quantizers, tails, strict=True)):
-            self._rows.write_blocks(side, quantizer.encode(rows, skip, stop), starts, which.start)
-        return self._nonfinite.add(*(look.bad for look in looks))
+            packed, bad = quantizer.encode_and_look(rows, skip, stop, self.scheme.block)
+            self._rows.write_blocks(side, packed, starts, which.start)
+            seen.append(bad)
+        self._nonfinite.add(*seen)
 
     def _drops(self, new: int) -> list[int]:
         """How many of its oldest tokens each sequence drops so that so many fit."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_turboquant.cache import ragged_buffers as buffers
-from mlx_turboquant.cache.schedule import tail_room
+from mlx_turboquant.cache.schedule import spare_blocks, tail_room
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import PackedTensor, tokens_per_row
 
@@ -82,7 +82,7 @@ class RaggedStore:
             buffers.write(sinks, part, [0], first)
 
     def write_blocks(self, side: int, packed: PackedTensor, starts: Sequence[int], first: int) -> None:
-        """Write encoded blocks of the sequences from `first` on, each from its own row; room grows by 1/32 at least."""
+        """Write encoded blocks of the sequences from `first` on, each from its own row, into room for more."""
         B, block = len(self.lengths), self.scheme.block
         tokens = tokens_per_row(block)
         need = max(starts) + packed.length
@@ -92,21 +92,18 @@ class RaggedStore:
         if held is None:
             held = packed.map(lambda a: mx.zeros((B, a.shape[1], 0, a.shape[3]), a.dtype))
         if need > held.length:
-            room = need + (need // block // 32 * block if held.length else 0)
+            room = need + (spare_blocks(need // block) * block if held.length else 0)
             held = held.map(lambda array, n: buffers.resized(array, room // n), tokens)
         held.map(lambda array, new, n: buffers.write(array, new, [s // n for s in starts], first), packed, tokens)
         self.blocks[side] = held
 
-    def encoded(self, skips: Sequence[int], stops: Sequence[int], after: Sequence[mx.array]) -> None:
-        """Take rows off the front of each tail: `skip` of them are sinks, those up to `stop` have become blocks.
-
-        The tail is evaluated with the arrays `after`: left for later, they would keep the rows alive.
-        """
+    def encoded(self, skips: Sequence[int], stops: Sequence[int]) -> None:
+        """Take rows off the front of each tail: `skip` of them are sinks, those up to `stop` have become blocks."""
         self.lengths = [
             Length(n.sinks + skip, n.packed + stop - skip, n.tail - stop)
             for n, skip, stop in zip(self.lengths, skips, stops, strict=True)
         ]
-        self.tail = [mx.depends(buffers.moved_up(rows, stops, self._tail_room()), list(after)) for rows in self.tail]
+        self.tail = [buffers.moved_up(rows, stops, self._tail_room()) for rows in self.tail]
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
         """Forget so many tokens (whole blocks) behind each sequence's sinks, of the blocks where there are any."""

@@ -29,6 +29,14 @@ def sinks_in(scheme: KVScheme, tail: int, first: bool) -> int:
     return min(scheme.sinks, tail) if first else 0
 
 
+def spare_blocks(blocks: int) -> int:
+    """Room for how many more blocks to make when packed rows must move: 1/32, and so that not every block moves them.
+
+    With 3, room is made for 256 tokens at a time where a block has 64, as in mlx-lm's caches.
+    """
+    return max(blocks // 32, 3)
+
+
 def tail_room(scheme: KVScheme) -> int:
     """Rows that the tail of a compressed cache may come to have while it decodes."""
     return scheme.block + scheme.window + MAX_DIRECT_QUERIES

@@ -16,7 +16,7 @@ from mlx_turboquant.cache.buffers import PackedBuffer
 from mlx_turboquant.cache.checks import check_rows
 from mlx_turboquant.cache.held import HeldTokens
 from mlx_turboquant.cache.schedule import due, tail_room
-from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.keep_rows import Kept, keep_rows
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -97,6 +97,11 @@ class TurboQuantKVCache(HeldTokens):
         self._chunk_ended = self._trimmed = False
         if inside:
             return drafts.split(self, keys, values, inside)
+        if decode and L == 1:
+            self._plain.start(self)
+            plain = self._plain.take(self, keys, values)
+            if plain is not None:
+                return plain
         self._append_to_tail(keys, values)
         self._nonfinite.step(self.layer)
         self._plain.start(self)
@@ -185,28 +190,29 @@ class TurboQuantKVCache(HeldTokens):
         if stop == skip:
             return 0
         self._plain.stop()
-        looks = [
-            quantizer.look(rows.array, skip, stop, self.scheme.block, first)
-            for quantizer, rows in zip(self._quantizers, self._tail, strict=True)
-        ]
+        raw = [rows.array for rows in self._tail]
+        kept = keep_rows(*raw, first=skip, start=stop, stop=self.tail_tokens, room=tail_room(self.scheme))
         if first:
-            self._sinks = tuple(mx.contiguous(rows.view()[:, :, :skip]) for rows in self._tail) if skip else None
+            self._sinks = kept.first
             self._blocks = tuple(PackedBuffer(self.scheme.block) for _ in range(2))
-            for quantizer, rows, look in zip(self._quantizers, self._tail, looks, strict=True):
-                quantizer.fit(rows.view()[:, :, skip:stop], self._queries.sums, look.squares)
-        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, self._tail, strict=True):
-            blocks.append(quantizer.encode(rows.array, skip, stop), stop - skip)
-        bad = self._nonfinite.add(*(look.bad for look in looks))
-        raw_bytes = sum(rows.array.nbytes // rows.array.shape[2] for rows in self._tail) * (stop - skip)
-        for rows in self._tail:
-            rows.keep(stop, rows.length, tail_room(self.scheme))
-            # Whoever evaluates the tail evaluates what was seen: left for later, it would keep the raw rows alive.
-            rows.array = mx.depends(rows.array, bad)
-        made = [array for blocks in self._blocks for array in blocks.stored()]
-        made += [rows.array for rows in self._tail] + [*self._learned(), *(self._sinks or ())]
-        lean = all(in_kernels(quantizer, choose_backend()) for quantizer in self._quantizers)
-        start_settling(raw_bytes, *made, lean=lean)
+            for quantizer, rows in zip(self._quantizers, raw, strict=True):
+                quantizer.fit(rows[:, :, skip:stop], self._queries.sums, quantizer.squares(rows, skip, stop))
+        seen = []
+        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, raw, strict=True):
+            packed, bad = quantizer.encode_and_look(rows, skip, stop, self.scheme.block)
+            blocks.append(packed, stop - skip)
+            seen.append(bad)
+        self._nonfinite.add(*seen)
+        for rows, newest in zip(self._tail, kept.newest, strict=True):
+            rows.array, rows.length = newest, rows.length - stop
+        raw_bytes = sum(rows.nbytes // rows.shape[2] for rows in raw) * (stop - skip)
+        start_settling(raw_bytes, lambda: self._made(kept), lean=in_kernels(None, *self._quantizers))
         return stop - skip
+
+    def _made(self, kept: Kept) -> list[mx.array]:
+        """Every array that an encoding makes."""
+        packed = [array for blocks in self._blocks for array in blocks.stored() if array is not None]
+        return [*packed, *kept.newest, *(kept.first or ()), *self._learned()]
 
     def _drop_oldest(self, new: int) -> None:
         """Make room for so many tokens in a bounded cache."""

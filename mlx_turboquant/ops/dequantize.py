@@ -10,7 +10,7 @@ from mlx_turboquant.conditioning import in_dtype
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import head_factors, ints, reason_against, run_length, say_once
+from mlx_turboquant.ops.row_kernels import ints, reason_against, run_length, say_once
 from mlx_turboquant.rotation import DenseRotation, HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
 
@@ -81,7 +81,8 @@ def _dequantize_in_kernel(packed, start, stop, bits, dim, block, rotation, balan
     B, H = packed.codes.shape[:2]
     dtype, centers = packed.scales.dtype, packed.centers
     group = dim // packed.scales.shape[-1]
-    factors, stride = head_factors(rotation, balance, inverse=True)
+    # The rotation's signs over the balance, and elements from one head's to the next one's.
+    factors, stride = (rotation.signs, 0) if balance is None else (rotation.signs / balance, balance.shape[-1])
     (out,) = _DEQUANTIZE(
         backend,
         [

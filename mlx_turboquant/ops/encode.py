@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -9,7 +10,8 @@ from mlx_turboquant.conditioning import block_centers, subtract_centers
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import head_factors, ints, reason_against, run_length, say_once
+from mlx_turboquant.ops.row_kernels import ints, reason_against, run_length, say_once
+from mlx_turboquant.ops.survey import survey
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.rotation import DenseRotation, HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
@@ -20,10 +22,33 @@ _PIECE_ROWS = 4096
 
 _ENCODE = Kernel(
     "encode",
-    ("rows", "factors", "hartley", "tables", "sizes"),
-    ("codes", "scales", "centers"),
+    ("rows", "signs", "balance", "hartley", "tables", "sizes"),
+    ("codes", "scales", "centers", "bad"),
     ("codebooks.h", "codes.h", "storing.h", "rows.h"),
 )
+
+
+class Encoded(NamedTuple):
+    """What becomes of rows.
+
+    Attributes:
+        packed: the encoded rows.
+        bad: which rows held NaN or infinities, as `Survey.bad`; evaluated wherever `packed` is.
+    """
+
+    packed: PackedTensor
+    bad: mx.array
+
+
+def look_too(
+    packed: PackedTensor, rows: mx.array, start: int, stop: int, block: int, backend: str | None = None
+) -> Encoded:
+    """What was encoded without a look at which rows are bad, with one.
+
+    Whoever evaluates the codes evaluates what was seen: left for later, it would keep the raw rows alive.
+    """
+    bad = survey(rows, start, stop, block=block, backend=backend).bad
+    return Encoded(packed._replace(codes=mx.depends(packed.codes, bad)), bad)
 
 
 def encode(
@@ -39,7 +64,7 @@ def encode(
     balance: mx.array | None = None,
     scalings: int = lloyd_max.SCALINGS,
     backend: str | None = None,
-) -> PackedTensor:
+) -> Encoded:
     """Encode the rows from start to stop.
 
     Args:
@@ -56,9 +81,9 @@ def encode(
         backend: see `choose_backend`.
 
     Returns:
-        PackedTensor with codes (B, Hkv, stop - start, W) uint32, scales (B, Hkv, stop - start, D / group) and, with
-        center, centers (B, Hkv, (stop - start) / block, D), the last two in the dtype of rows. NaN and infinities are
-        encoded as 0 (with center: as the centre).
+        `packed` with codes (B, Hkv, stop - start, W) uint32, scales (B, Hkv, stop - start, D / group) and, with
+        center, centers (B, Hkv, (stop - start) / block, D), the last two in the dtype of rows; and which rows are bad.
+        NaN and infinities are encoded as 0 (with center: as the centre).
 
     Raises:
         ValueError: if the rows are not whole blocks, are not in the buffer, or the backend is unknown.
@@ -75,10 +100,11 @@ def encode(
             arguments = bits, group, block, rotation, center, balance, scalings
             return _encode_in_kernel(rows, start, stop, *arguments, backend)
         say_once("encode", backend, reason)
-    return in_pieces(
+    packed = in_pieces(
         lambda piece: _encode_reference(piece, bits, group, block, rotation, center, balance, scalings),
         *(rows, start, stop, block),
     )
+    return look_too(packed, rows, start, stop, block, backend)
 
 
 def in_pieces(
@@ -103,20 +129,18 @@ def _encode_reference(rows, bits, group, block, rotation, center, balance, scali
     return lloyd_max.quantize(rotation.apply(x), bits, group, rows.dtype, scalings)._replace(centers=centers)
 
 
-def _encode_in_kernel(
-    rows, start, stop, bits, group, block, rotation, center, balance, scalings, backend
-) -> PackedTensor:
+def _encode_in_kernel(rows, start, stop, bits, group, block, rotation, center, balance, scalings, backend) -> Encoded:
     B, H, capacity, D = rows.shape
-    factors, stride = head_factors(rotation, balance, inverse=False)
     tables = lloyd_max.kernel_tables(bits, scalings, rows.dtype)
-    run = _prepared(_ENCODE, backend, rows.dtype, B, H, stop - start, D, bits, group, block, center, scalings)
-    inputs = [rows, factors, rotation.kernel_hartley, tables, ints(start, capacity, stride)]
-    codes, scales, centers = run(inputs)
-    return PackedTensor(codes, scales, centers if center else None)
+    balanced = balance is not None
+    run = _prepared(_ENCODE, backend, rows.dtype, B, H, stop - start, D, bits, group, block, center, balanced, scalings)
+    factors = rotation.signs, balance if balanced else rotation.signs
+    codes, scales, centers, bad = run([rows, *factors, rotation.kernel_hartley, tables, ints(start, capacity)])
+    return Encoded(PackedTensor(codes, scales, centers if center else None), bad)
 
 
 @lru_cache(maxsize=256)  # the layers of a model share it, and from block to block it stays the same
-def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center, scalings):
+def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center, balance, scalings):
     return kernel.prepare(
         backend,
         template=[
@@ -126,6 +150,7 @@ def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center
             ("GROUP", group),
             ("BLOCK", block),
             ("CENTER", center),
+            ("BALANCE", balance),
             ("SCALINGS", scalings),
             ("TERMS", len(lloyd_max.cell_polynomial(bits))),
             ("PER", run_length(D, group)),
@@ -137,6 +162,8 @@ def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center
             (B, H, count, words_per_row(D, bits)),
             (B, H, count, D // group),
             (B, H, count // block, D) if center else (8,),
+            (B, H, count // block, -(-block // 32)),
         ],
-        output_dtypes=[mx.uint32, dtype, dtype],
+        output_dtypes=[mx.uint32, dtype, dtype, mx.uint32],
+        compiled=True,
     )

@@ -50,13 +50,6 @@ def run_length(D: int, group: int) -> int:
     return per if group % per == 0 else min(16, two // 2, max(smallest, 32 // (D // two)))
 
 
-def head_factors(rotation: HadamardRotation, balance: mx.array | None, inverse: bool) -> tuple[mx.array, int]:
-    """The rotation's signs times the balance (B, Hkv, D), or over it; and elements from one head to the next."""
-    if balance is None:
-        return rotation.signs, 0
-    return rotation.signs / balance if inverse else rotation.signs * balance, balance.shape[-1]
-
-
 # MLX hands a kernel inputs of fewer than 8 elements in another address space, so the small ones are padded to 8.
 @lru_cache(maxsize=1024)
 def ints(*numbers: int) -> mx.array:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_turboquant.ops.survey import Survey, survey
+from mlx_turboquant.ops.encode import Encoded, look_too
 from mlx_turboquant.tensor import PackedTensor
 
 Learned = tuple[mx.array, ...]
@@ -39,6 +39,7 @@ class Quantizer:
         queries_wanted: what `fit` uses of the prompt's queries: "" for nothing, "squares" for sums of q_i^2, "moments"
             for sums of q q^T.
         fused: how the attention kernel reads it, or in words why it cannot.
+        in_kernels: whether rows are encoded and decoded in kernels, where a GPU has some.
     """
 
     bits: float
@@ -47,10 +48,11 @@ class Quantizer:
     learned: Learned | None = None
     queries_wanted: str = ""
     fused: Fused | str
+    in_kernels = False
 
-    def look(self, rows: mx.array, start: int, stop: int, block: int, learning: bool) -> Survey:
-        """Which of a buffer's rows from start to stop are bad, and what `fit` wants to know of them, if it is next."""
-        return survey(rows, start, stop, block=block)
+    def squares(self, rows: mx.array, start: int, stop: int) -> mx.array | None:
+        """What `fit` wants to know of a buffer's rows from start to stop, whole blocks; None for nothing."""
+        return None
 
     def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt.
@@ -59,7 +61,7 @@ class Quantizer:
             rows: (B, Hkv, T, D), whole blocks.
             queries: sums over the prompt's queries that read a head, (B, Hkv, D) or (B, Hkv, D, D) float32 as
                 `queries_wanted`; None if none were seen.
-            squares: what `look` gave of these rows, if it was asked.
+            squares: what `squares` gave of these rows, if it was asked.
         """
 
     def learned_layout(self, B: int, H: int) -> tuple[tuple[tuple[int, ...], mx.Dtype], ...]:
@@ -72,6 +74,10 @@ class Quantizer:
         A kernel takes a whole buffer and reads those rows; a slice of it would be copied first.
         """
         raise NotImplementedError
+
+    def encode_and_look(self, rows: mx.array, start: int, stop: int, block: int) -> Encoded:
+        """The same, and which of the rows hold NaN or infinities, in blocks of so many."""
+        return look_too(self.encode(rows, start, stop), rows, start, stop, block)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
         """The rows (B, Hkv, stop - start, D) in the model's dtype that the codes of whole blocks stand for."""

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_turboquant.conditioning import block_centers, in_dtype, subtract_centers
 from mlx_turboquant.ops.balance import balance
 from mlx_turboquant.ops.encode import in_pieces
-from mlx_turboquant.ops.survey import Survey, survey
+from mlx_turboquant.ops.survey import survey
 from mlx_turboquant.quantizers.base import KeyQuantizer, ValueQuantizer
 from mlx_turboquant.quantizers.codec import Codec
 from mlx_turboquant.tensor import PackedTensor
@@ -43,9 +43,11 @@ class CodedKeys(KeyQuantizer):
         balance = (((B, H, self.dim), mx.float32),) if self.balanced else ()
         return (*balance, *self.codec.learned_layout(B, H))
 
-    def look(self, rows: mx.array, start: int, stop: int, block: int, learning: bool) -> Survey:
-        """Squares of centred keys, for the balance; and which rows are bad."""
-        return survey(rows, start, stop, block=block, center=self.center, squares=learning and self.balanced)
+    def squares(self, rows: mx.array, start: int, stop: int) -> mx.array | None:
+        """Sums over squares of centred keys, for the balance; None without one."""
+        if not self.balanced:
+            return None
+        return survey(rows, start, stop, block=self.block, center=self.center, squares=True).squares
 
     def fit(self, rows: mx.array, queries: mx.array | None, squares: mx.array | None = None) -> None:
         """Learn from the prompt's keys (B, Hkv, T, D) and the sums over its queries; a balance of 1 without them."""

@@ -12,6 +12,7 @@ class RawRows(KeyQuantizer, ValueQuantizer):
 
     bits = 0
     fused = Fused(0)
+    in_kernels = True  # a slice needs none
 
     def __init__(self, scheme: KVScheme, dim: int, dtype: mx.Dtype):
         self.dim, self.dtype = dim, dtype

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.dequantize import dequantize
-from mlx_turboquant.ops.encode import encode
+from mlx_turboquant.ops.encode import Encoded, encode
 from mlx_turboquant.ops.lookup import Prepared
+from mlx_turboquant.ops.row_kernels import reason_against
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.quantizers.base import Fused, Learned
 from mlx_turboquant.quantizers.codec import Codec
@@ -37,6 +38,7 @@ class TurboCodec(Codec):
             )
         self.rotation = make_rotation(scheme.rotation, dim, scheme.seed)
         self.fused = Fused(bits, self.rotation)
+        self.in_kernels = reason_against(dim, bits, self.block, dtype, self.rotation) is None
 
     def quantize(self, rows: mx.array, learned: Learned) -> PackedTensor:
         """Rows (B, Hkv, T, D) float32 as codes and one scale per group."""
@@ -75,8 +77,17 @@ class TurboCodec(Codec):
 class TurboKeys(CodedKeys):
     """Keys of one layer, encoded and decoded in a kernel where there is one."""
 
+    @property
+    def in_kernels(self) -> bool:
+        """Whether kernels take such rows."""
+        return self.codec.in_kernels
+
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
+        return _encode(self, rows, start, stop, self.center, self.balance).packed
+
+    def encode_and_look(self, rows: mx.array, start: int, stop: int, block: int) -> Encoded:
+        """The same, and which of the rows hold NaN or infinities, in one dispatch."""
         return _encode(self, rows, start, stop, self.center, self.balance)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
@@ -87,8 +98,17 @@ class TurboKeys(CodedKeys):
 class TurboValues(CodedValues):
     """Values of one layer, encoded and decoded in a kernel where there is one."""
 
+    @property
+    def in_kernels(self) -> bool:
+        """Whether kernels take such rows."""
+        return self.codec.in_kernels
+
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
+        return _encode(self, rows, start, stop, False, None).packed
+
+    def encode_and_look(self, rows: mx.array, start: int, stop: int, block: int) -> Encoded:
+        """The same, and which of the rows hold NaN or infinities, in one dispatch."""
         return _encode(self, rows, start, stop, False, None)
 
     def decode(self, packed: PackedTensor, start: int = 0, stop: int | None = None) -> mx.array:
@@ -96,7 +116,7 @@ class TurboValues(CodedValues):
         return _decode(self, packed, start, stop, None)
 
 
-def _encode(side: TurboKeys | TurboValues, rows, start, stop, center, balance) -> PackedTensor:
+def _encode(side: TurboKeys | TurboValues, rows, start, stop, center, balance) -> Encoded:
     return encode(
         rows,
         start,

@@ -6,6 +6,7 @@ from mlx_turboquant.verification.cases import (
     Case,
     DequantizeCase,
     EncodeCase,
+    KeepCase,
     ScoreCase,
     SurveyCase,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Case",
     "DequantizeCase",
     "EncodeCase",
+    "KeepCase",
     "Result",
     "ScoreCase",
     "SurveyCase",

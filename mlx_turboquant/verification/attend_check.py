@@ -71,7 +71,8 @@ class AttendCheck:
             rotation = make_rotation("hadamard", case.D)
             options = {"bits": quantizer.bits, "block": case.block, "rotation": rotation, "balance": balance}
             group = case.group or case.D
-            stored = encode(rows, sinks, sinks + packed, group=group, center=center, backend="reference", **options)
+            how = {"group": group, "center": center, "backend": "reference", **options}
+            stored = encode(rows, sinks, sinks + packed, **how).packed
             exact = dequantize(in_float32(stored), 0, packed, dim=case.D, backend="reference", **options)
         stored = packed_with_room(stored, case.block)
         parts = mx.contiguous(first) if sinks else None, with_room(last, 9) if tail else None

@@ -163,6 +163,34 @@ class SurveyCase:
 
 
 @dataclass(frozen=True)
+class KeepCase:
+    """The rows that stay raw when blocks are encoded, of two sequences; some entries are NaN or infinite.
+
+    Attributes:
+        D, Dv: head sizes of keys and values.
+        dtype: of both.
+        first, newest: how many rows are copied.
+        room: rows of the newest ones' new arrays.
+    """
+
+    D: int = 128
+    Dv: int = 128
+    dtype: str = "float16"
+    first: int = 4
+    newest: int = 37
+    room: int = 72
+
+    operation = "keep_rows"
+
+    def kernels(self, backend: str) -> tuple[str, ...]:
+        """The kernels that it runs."""
+        return () if backend == "reference" else (self.operation,)
+
+    def __str__(self) -> str:
+        return ", ".join([f"D{self.D}/{self.Dv} {self.dtype}", *_others(self, {"D", "Dv", "dtype"})])
+
+
+@dataclass(frozen=True)
 class BalanceCase:
     """The balance of some heads, one of which saw no query, one with a channel far above the others."""
 
@@ -206,7 +234,7 @@ class ScoreCase:
         return f"{self.bits} bits dim {self.dim}, {self.m} queries, {self.n} {'encoded ' * self.encoded}rows"
 
 
-Case = AttendCase | EncodeCase | DequantizeCase | SurveyCase | BalanceCase | ScoreCase
+Case = AttendCase | EncodeCase | DequantizeCase | SurveyCase | KeepCase | BalanceCase | ScoreCase
 
 
 def _others(case: Case, shown: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ from mlx_turboquant.verification.cases import (
     Case,
     DequantizeCase,
     EncodeCase,
+    KeepCase,
     ScoreCase,
     SurveyCase,
 )
@@ -31,6 +32,7 @@ def quick() -> list[Case]:
         DequantizeCase(),
         DequantizeCase(3, D=96, dtype="bfloat16", group=16, center=False, balance=False),
         SurveyCase(),
+        KeepCase(),
         BalanceCase(),
         ScoreCase(),
         ScoreCase(2, dim=100, m=1, n=300, encoded=True),
@@ -39,7 +41,7 @@ def quick() -> list[Case]:
 
 def full() -> list[Case]:
     """Every template combination that matters: each constant through its values, in both passes where it has them."""
-    rows = [*_rows(EncodeCase), *_encode(), *_rows(DequantizeCase), *_surveys(), *_balances()]
+    rows = [*_rows(EncodeCase), *_encode(), *_rows(DequantizeCase), *_surveys(), *_kept(), *_balances()]
     return list(dict.fromkeys([*quick(), *_attend(), *rows, *_scores()]))
 
 
@@ -135,6 +137,14 @@ def _surveys() -> list[SurveyCase]:
         *(SurveyCase(D, dtype, center=c) for D, dtype, c in product((*HEAD_SIZES, 8, 240), DTYPES, yes)),
         *(SurveyCase(block=block, center=c) for block, c in product((16, 32, 48, 128, 256), yes)),
         *(SurveyCase(D, squares=False, nonfinite=bad) for D, bad in product(HEAD_SIZES, yes)),
+    ]
+
+
+def _kept() -> list[KeepCase]:
+    return [
+        *(KeepCase(D, D, dtype, newest=D // 4) for D, dtype in product(HEAD_SIZES, DTYPES)),
+        *(KeepCase(D, Dv, first=first) for (D, Dv), first in product(((192, 128), (8, 256)), (0, 1, 80))),
+        *(KeepCase(newest=newest, room=room) for newest, room in ((0, 72), (1, 1), (72, 72), (64, 200), (257, 300))),
     ]
 
 

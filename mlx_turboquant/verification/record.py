@@ -34,6 +34,7 @@ RECORD = (
     Verified("encode", _TESTS, f"{_BEFORE}; lookups by exchange, not those of Macs", _NO_MAC),
     Verified("dequantize", _TESTS, _BEFORE, _NO_MAC),
     Verified("survey", _TESTS, "H200, 2026-11-22", _NO_MAC),
+    Verified("keep_rows", _TESTS, "no NVIDIA GPU has run it yet", _NO_MAC),
     Verified("balance", _TESTS, "no NVIDIA GPU has run it yet", _NO_MAC),
     Verified("score", _TESTS, "H200, 2026-11-22", _NO_MAC),
     Verified("trellis", _TESTS, "H200, 2026-11-22", _NO_MAC),

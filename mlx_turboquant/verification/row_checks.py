@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from mlx_turboquant import codebook
 from mlx_turboquant.ops.dequantize import dequantize
-from mlx_turboquant.ops.encode import encode
+from mlx_turboquant.ops.encode import Encoded, encode
 from mlx_turboquant.ops.row_kernels import reason_against
 from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.tensor import PackedTensor
@@ -75,7 +75,7 @@ class _RowCheck:
         before = mx.full((1, KV_HEADS, START, case.D), LOUD, self.dtype)
         self.rows = with_room(mx.concatenate([before, rows], axis=2), 8)
 
-    def encoded(self, backend: str) -> PackedTensor:
+    def encoded(self, backend: str) -> Encoded:
         case = self.case
         return encode(
             self.rows,
@@ -115,22 +115,26 @@ class EncodeCheck(_RowCheck):
     """Codes may differ from the reference's where a value lies on the edge of two cells, so rows are judged decoded.
 
     The error is the largest, over rows, of two: the squared error over that of the reference's row, less 1; and the
-    difference of norms, before balance and centre, as a part. `SLACK` is allowed. The reference itself is judged by its
+    difference of norms, before balance and centre, as a part. `SLACK` is allowed; it is infinite if a row with NaN or
+    infinities is missed or invented. The reference itself is judged by its
     mean squared error, as a part of the rows, against what theory gives for its codebook, and 10% more.
     """
 
     def __init__(self, case: EncodeCase):
         super().__init__(case)
-        self.reference = self.encoded("reference")
+        self.reference = self.encoded("reference").packed
         mx.eval(self.rows, self.balance, self.reference)
 
-    def call(self, backend: str) -> PackedTensor:
+    def call(self, backend: str) -> Encoded:
         """The operation."""
         self.refuse_fallback(backend)
         return self.encoded(backend)
 
-    def judge(self, out: PackedTensor, backend: str) -> tuple[Any, float]:
+    def judge(self, out: Encoded, backend: str) -> tuple[Any, float]:
         """(error, allowed)."""
+        out, bad = out
+        if not np.array_equal(np.array(bad), self._bad_bits()):
+            return float("inf"), SLACK[self.case.bits]
         if backend == "reference":
             target, decoded = self._target(), self._decoded(out)
             plain = target if out.centers is None else target - self._spread(out.centers)
@@ -142,6 +146,14 @@ class EncodeCheck(_RowCheck):
         worse = self._squared_error(out) / self._squared_error(self.reference) - 1
         longer = self._norms(out) / self._norms(self.reference) - 1
         return mx.maximum(worse.max(), mx.abs(longer).max()).item(), SLACK[self.case.bits]
+
+    def _bad_bits(self) -> np.ndarray:
+        block, rows = self.case.block, np.array(self.rows.astype(mx.float32))[:, :, START : START + 3 * self.case.block]
+        bad = ~np.isfinite(rows).all(axis=-1).reshape(1, KV_HEADS, 3, block)
+        words = np.zeros((1, KV_HEADS, 3, -(-block // 32) * 32), np.uint32)
+        words[..., :block] = bad
+        words = words.reshape(1, KV_HEADS, 3, -1, 32) << np.arange(32, dtype=np.uint32)
+        return words.sum(axis=-1, dtype=np.uint32)
 
     def _target(self) -> mx.array:
         rows = self.rows[:, :, START : START + 3 * self.case.block].astype(mx.float32)
@@ -168,7 +180,7 @@ class DequantizeCheck(_RowCheck):
 
     def __init__(self, case: DequantizeCase):
         super().__init__(case)
-        packed = self.encoded("reference")
+        packed = self.encoded("reference").packed
         self.packed = packed_with_room(packed, case.block)
         self.exact = self.decoded(in_float32(packed), case.block, 3 * case.block)
         mx.eval(self.packed, self.exact, self.balance)

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_turboquant.verification.attend_check import AttendCheck
 from mlx_turboquant.verification.cases import Case
+from mlx_turboquant.verification.keep_check import KeepCheck
 from mlx_turboquant.verification.row_checks import DequantizeCheck, EncodeCheck
 from mlx_turboquant.verification.score_check import ScoreCheck
 from mlx_turboquant.verification.survey_check import BalanceCheck, SurveyCheck
@@ -19,6 +20,7 @@ _CHECKS = {
     "dequantize": DequantizeCheck,
     "survey": SurveyCheck,
     "balance": BalanceCheck,
+    "keep_rows": KeepCheck,
     "score": ScoreCheck,
 }
 
