@@ -23,7 +23,7 @@ from mlx_turboquant.verification.machine import card, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_WRONG = 20  # in the line of JSON, which has to fit into an issue
-OPERATIONS = ("attend", "encode", "dequantize", "survey", "balance", "score")
+OPERATIONS = ("attend", "encode", "dequantize", "survey", "keep_rows", "balance", "score")
 HEADS, TOKENS, LAYERS, REPEATS = (32, 8, 128), (4096, 32768), 4, 15
 
 

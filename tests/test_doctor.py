@@ -135,7 +135,12 @@ def test_the_kernels_pass_their_own_self_test_and_a_small_error_does_not(call, s
     assert code == 0 and report["ok"] and report["backend"] == "emulator" and "14 of 14 combinations are right" in out
     assert out.count("| yes |") == 14 and [line for line in out.splitlines() if line.startswith("## ")] == [
         *("## attend: 5 combinations", "## encode: 2 combinations", "## dequantize: 2 combinations"),
-        *("## survey: 1 combinations", "## balance: 1 combinations", "## score: 2 combinations"),
+        *(
+            "## survey: 1 combinations",
+            "## keep_rows: 1 combinations",
+            "## balance: 1 combinations",
+            "## score: 2 combinations",
+        ),
     ]
     found = {case.passes: run(case, "wrong_merge").ok for case in quick() if isinstance(case, AttendCase)}
     assert found == {1: True, 2: False}

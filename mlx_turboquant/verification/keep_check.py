@@ -6,11 +6,12 @@ import numpy as np
 from mlx_turboquant.ops.keep_rows import Kept, keep_rows
 from mlx_turboquant.verification.cases import KV_HEADS, KeepCase
 
+_ALLOWED = 0.5
 _BITS = {2: mx.uint16, 4: mx.uint32}
 
 
 class KeepCheck:
-    """The error is how many numbers differ in a bit, those behind the rows included; none may."""
+    """The error is how many numbers differ in a bit, those behind the rows included; half of one is allowed."""
 
     def __init__(self, case: KeepCase):
         self.case, rng = case, np.random.default_rng(case.D)
@@ -33,7 +34,7 @@ class KeepCheck:
         """(error, allowed)."""
         case, wrong = self.case, 0
         if (out.first is None) != (case.first == 0):
-            return float("inf"), 0.0
+            return float("inf"), _ALLOWED
         for rows, newest, first in zip(self.rows, out.newest, out.first or (None, None), strict=True):
             B, H, _, D = rows.shape
             behind = mx.zeros((B, H, case.room - case.newest, D), rows.dtype)
@@ -41,7 +42,7 @@ class KeepCheck:
             for got, right in ((newest, wanted), (first, rows[:, :, : case.first])):
                 if got is not None:
                     if got.shape != right.shape or got.dtype != right.dtype:
-                        return float("inf"), 0.0
+                        return float("inf"), _ALLOWED
                     kind = _BITS[rows.itemsize]
                     wrong += (mx.contiguous(got).view(kind) != mx.contiguous(right).view(kind)).sum().item()
-        return float(wrong), 0.0
+        return float(wrong), _ALLOWED
