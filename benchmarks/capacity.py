@@ -1,13 +1,14 @@
 """How many sequences fit into a memory, predicted and then held, and what they decode together.
 
     python benchmarks/capacity.py [--shape llama-3.1-8b] [--tokens 8192] [--memory 80] [--schemes fp16,turbo4]
-                                  [--rounds 3]
+                                  [--rounds 3] [--weights 4]
 
 The prediction for a cache is (memory - weights) / bytes of one sequence that has decoded what is decoded here
 (`mlx_turboquant.plan` prints the same bytes). It is confirmed by holding so many: caches are filled with random rows in
 chunks, as a compressed prefill leaves them, then all sequences decode 64 tokens `--rounds` times. `peak` is the most
 memory in use while they decode, weights included; a batch whose peak is above the memory is made smaller by what is
-missing, and tried again. GB are 10^9 bytes. Prints a card, a table and one line of JSON.
+missing, and tried again. GB are 10^9 bytes. `--weights 16`: see generation.py. Prints a card, a table and one line of
+JSON.
 """
 
 import argparse
@@ -34,11 +35,10 @@ def held_caches(model, shape, scheme: str, batch: int, tokens: int) -> list:
     """Prompt caches of so many sequences of so many tokens, compressed but for their tails."""
     text = scheme if scheme == "fp16" else f"{scheme}:prefill=compressed"
     cache = make_prompt_cache(model, kv_scheme=text)
+    rows = [mx.random.normal((batch, shape.kv_heads, CHUNK, shape.dim), mx.float16) for _ in range(2)]
     for layer in cache:
         for start in range(0, tokens, CHUNK):
-            n = min(CHUNK, tokens - start)
-            rows = [mx.random.normal((batch, shape.kv_heads, n, shape.dim), mx.float16) for _ in range(2)]
-            layer.update_and_fetch(*rows)
+            layer.update_and_fetch(*(-each[:, :, : tokens - start] for each in rows))
             mx.eval([rows.array for rows in layer._tail] if scheme != "fp16" else [layer.keys, layer.values])
         if scheme != "fp16":
             layer.compress()
@@ -104,10 +104,12 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=80, help="GB for weights and caches (80)")
     parser.add_argument("--schemes", default="fp16,turbo4")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--weights", type=int, choices=(4, 16), default=4, help="bits; see generation.py")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
-    model = random_model(shape)
-    what = f"{args.shape}, {args.tokens:,} tokens in each sequence, {args.memory:g} GB, backend {choose_backend()}"
+    model = random_model(shape, bits=args.weights)
+    what = f"{args.shape}, weights of {args.weights} bits, {args.tokens:,} tokens in each sequence, {args.memory:g} GB"
+    what += f", backend {choose_backend()}"
     print(card("", what))
     print("| cache | MB of one | predicted | batch | of fp16 | peak GB | ms | tokens/s | of fp16 |")
     print("| --- " * 9 + "|", flush=True)

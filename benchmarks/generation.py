@@ -3,14 +3,16 @@
     python benchmarks/generation.py [--shapes llama-3.1-8b,qwen2.5-1.5b,llama-3.2-1b] [--models PATH_OR_REPO,..]
                                     [--cases 1x1024,1x8192,1x32768,1x131072,8x8192,8x32768,32x8192] [--rounds 5]
                                     [--schemes turbo8v4,turbo4,turbo3,turbo4v2,mlx8,mlx4] [--first 8192]
-                                    [--plot FILE.png]
+                                    [--weights 4] [--plot FILE.png]
 
-Shapes are published ones with random 4-bit weights (`random_models.py`); `--models` adds real ones. A case is batch x
-cached tokens. For decoding, caches are filled with random keys and values, whose content does not change the time,
-and all caches of a case are held at once: in each round every one of them decodes 64 tokens, one after the other, as
-mlx-lm's generate_step does it (a step is built while the last one runs), so that a compressed cache encodes one block
-in each round. `ms` is of one step, the median of the rounds and in brackets the spread (lower to upper quartile); `of
-fp16` is the median over the rounds of fp16's time over this one's in the same round, so more than 1x is faster.
+Shapes are published ones with random weights of 4 bits or, with `--weights 16`, of 16 (`random_models.py`): MLX's
+product of 4-bit weights with several rows is slow on CUDA and hides what attention takes there. `--models` adds real
+ones. A case is batch x cached tokens. For decoding, caches are filled with random keys and values, whose content does
+not change the time, and all caches of a case are held at once: in each round every one of them decodes 64 tokens, one
+after the other, as mlx-lm's generate_step does it (a step is built while the last one runs), so that a compressed
+cache encodes one block in each round. `ms` is of one step, the median of the rounds and in brackets the spread (lower
+to upper quartile); `of fp16` is the median over the rounds of fp16's time over this one's in the same round, so more
+than 1x is faster.
 
 For each `--first` length: a random prompt is read by generate_step up to its first token, caches taking turns (`first
 token`); and a cache that holds a raw prompt of that length decodes one token, which compresses it, and later one more
@@ -36,17 +38,18 @@ from mlx_turboquant.ops.backend import choose_backend
 
 STEPS = 64  # of a round: one block
 WARM = 8
+PIECE = 1 << 15  # tokens that caches are filled with at a time
 
 
 def filled(model: Any, scheme: str, batch: int, tokens: int) -> list[Any]:
     """A prompt cache that holds so many random tokens, raw as after a prompt."""
-    cache = make_prompt_cache(model, kv_scheme=scheme)
-    for layer, one in zip(model.layers, cache, strict=True):
-        attention = layer.self_attn
-        heads, dim = attention.n_kv_heads, attention.k_proj.scales.shape[0] // attention.n_kv_heads
-        for start in range(0, tokens, 1 << 15):
-            n = min(1 << 15, tokens - start)
-            one.update_and_fetch(*(mx.random.normal((batch, heads, n, dim), mx.float16) for _ in range(2)))
+    cache, attention = make_prompt_cache(model, kv_scheme=scheme), model.layers[0].self_attn
+    heads, dim = attention.n_kv_heads, attention.k_proj.weight.shape[0] // attention.n_kv_heads
+    rows = [mx.random.normal((batch, heads, min(PIECE, tokens), dim), mx.float16) for _ in range(2)]
+    for one in cache:
+        for start in range(0, tokens, PIECE):
+            # The same random rows for all layers, but a copy of their own: making them takes longer than measuring.
+            one.update_and_fetch(*(-each[:, :, : tokens - start] for each in rows))
             mx.eval(list(arrays(one)))
     return cache
 
@@ -231,6 +234,7 @@ def main() -> None:
     parser.add_argument("--schemes", type=names, default=["turbo8v4", "turbo4", "turbo3", "turbo4v2", "mlx8", "mlx4"])
     parser.add_argument("--first", type=lambda text: [int(n) for n in names(text)], default=[1024, 8192])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", type=int, choices=(4, 16), default=4, help="bits")
     parser.add_argument("--from-json", help="draw the last line of this file instead of measuring")
     parser.add_argument("--plot")
     args = parser.parse_args()
@@ -242,7 +246,7 @@ def main() -> None:
         print(card("", f"generation, backend {choose_backend(None)}, {args.rounds} rounds of {STEPS} steps"))
         results = []
         for name in args.shapes:
-            model = random_model(SHAPES[name])
+            model = random_model(SHAPES[name], bits=args.weights)
             results.append(run(name, model, SHAPES[name].vocabulary, args))
             del model
             gc.collect()
@@ -252,7 +256,8 @@ def main() -> None:
             model, tokenizer = load(name)
             results.append(run(Path(name).name, model, tokenizer.vocab_size, args))
             del model
-        print(json.dumps({"backend": choose_backend(None), "steps": STEPS, "results": results}))
+        setting = {"backend": choose_backend(None), "steps": STEPS, "weights": args.weights}
+        print(json.dumps({**setting, "results": results}))
     if args.plot:
         draw(results, args.plot)
 

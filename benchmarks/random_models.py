@@ -36,8 +36,8 @@ SHAPES = {
 BITS, GROUP = 4, 64
 
 
-def random_model(shape: Shape, dtype: mx.Dtype = mx.float16) -> nn.Module:
-    """A model of that shape with random 4-bit weights (groups of 64), as mlx-community quantizes; norms in `dtype`."""
+def random_model(shape: Shape, dtype: mx.Dtype = mx.float16, bits: int = BITS) -> nn.Module:
+    """A model of that shape with random weights: of 4 bits (groups of 64), as mlx-community has, or 16 in `dtype`."""
     mx.random.seed(0)
     common = {
         "hidden_size": shape.hidden,
@@ -56,7 +56,8 @@ def random_model(shape: Shape, dtype: mx.Dtype = mx.float16) -> nn.Module:
     else:
         model = llama.Model(llama.ModelArgs(model_type="llama", head_dim=shape.dim, **common))
     model.set_dtype(dtype)  # nothing is computed yet
-    nn.quantize(model, group_size=GROUP, bits=BITS)
+    if bits < 16:
+        nn.quantize(model, group_size=GROUP, bits=bits)
     for layer in [*model.layers, model]:  # one at a time, or the whole model would be there in 16 bits
         mx.eval(layer.parameters())
     mx.clear_cache()

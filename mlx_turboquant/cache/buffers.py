@@ -42,23 +42,24 @@ class RowBuffer:
 
     def append(self, rows: mx.array, capacity: int = 0) -> None:
         """Add rows (B, Hkv, n, D); if they do not fit, move to an array of `capacity` rows, or more if they need it."""
-        stop = self.length + rows.shape[2]
-        if self.array is None and capacity <= stop:
+        array, start = self.array, self.length
+        B, H, n, D = rows.shape
+        self.length = stop = start + n
+        if array is None and capacity <= stop:
             # Assigning all of an array makes it the assigned one, a slice of another perhaps.
-            self.array, self.length = mx.contiguous(rows), stop
+            self.array = mx.contiguous(rows)
             return
-        array = self.array
-        if array is not None and stop == capacity > array.shape[2]:
-            self.array, self.length = mx.concatenate([self.view(), rows], axis=2), stop
-            return
-        if array is None or stop > array.shape[2]:
-            B, H, _, D = rows.shape
-            grown = mx.zeros((B, H, max(stop, capacity), D), rows.dtype)
-            if self.length:
-                grown[:, :, : self.length] = self.view()
-            self.array = array = grown
-        array[:, :, self.length : stop] = rows
-        self.length = stop
+        room = 0 if array is None else array.shape[2]
+        if stop > room:
+            held = array if start == room else array[:, :, :start]  # of None, too: there are no rows then
+            if start and stop >= capacity:
+                self.array = mx.concatenate([held, rows], axis=2)
+                return
+            array = mx.zeros((B, H, max(stop, capacity), D), rows.dtype)
+            if start:
+                array[:, :, :start] = held
+            self.array = array
+        array[:, :, start:stop] = rows
 
     def beside(self, row: mx.array) -> TailParts:
         """Add a row (B, Hkv, 1, D), for which the array has room, without writing it into the array yet."""

@@ -18,21 +18,23 @@ def check_rows(layer: int, held: tuple[Any, Any], keys: mx.array, values: mx.arr
     Raises:
         ValueError: for shapes that disagree with each other or with what is held, no tokens, or other dtypes.
     """
-    where = f"[TurboQuantKVCache] layer {layer}:"
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] == 0:
+    shapes, dtypes = (keys.shape, values.shape), (keys.dtype, values.dtype)
+    if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:3] != shapes[1][:3] or shapes[0][2] == 0:
         raise ValueError(
-            f"{where} keys and values must be (B, Hkv, L, D) with equal B, Hkv and L > 0, "
+            f"[TurboQuantKVCache] layer {layer}: keys and values must be (B, Hkv, L, D) with equal B, Hkv and L > 0, "
             f"got {keys.shape} and {values.shape}."
         )
-    if keys.dtype != values.dtype or keys.dtype not in FLOATS:
+    if dtypes[0] != dtypes[1] or dtypes[0] not in FLOATS:
         raise ValueError(
-            f"{where} keys and values must both be float16, bfloat16 or float32, got {keys.dtype} and {values.dtype}."
+            f"[TurboQuantKVCache] layer {layer}: keys and values must both be float16, bfloat16 or float32, got "
+            f"{keys.dtype} and {values.dtype}."
         )
-    for buffer, new, name in zip(held, (keys, values), ("keys", "values"), strict=True):
-        if buffer.array is not None:
-            B, H, _, D = buffer.array.shape
-            if (B, H, D, buffer.array.dtype) != (*new.shape[:2], new.shape[3], new.dtype):
+    for buffer, shape, dtype, name in zip(held, shapes, dtypes, ("keys", "values"), strict=True):
+        array = buffer.array
+        if array is not None:
+            B, H, _, D = array.shape
+            if (shape[0], shape[1], shape[3]) != (B, H, D) or array.dtype != dtype:
                 raise ValueError(
-                    f"{where} holds {name} of batch {B}, {H} heads, head size {D}, {buffer.array.dtype}; "
-                    f"got {new.shape}, {new.dtype}. Make a new cache for another batch or model."
+                    f"[TurboQuantKVCache] layer {layer}: holds {name} of batch {B}, {H} heads, head size {D}, "
+                    f"{array.dtype}; got {shape}, {dtype}. Make a new cache for another batch or model."
                 )
