@@ -45,7 +45,7 @@ def layer_shapes(model: Any) -> list[LayerShape | None]:
 def cache_nbytes(scheme: KVScheme, shape: LayerShape, tokens: int) -> int:
     """Bytes that one layer's cache holds right after compressing a prompt of so many tokens: its `nbytes`.
 
-    Later the packed part grows with up to 1/32 of spare room. For ``fp16``, the tokens' own bytes.
+    Later the packed part has spare room, see `cache.schedule.spare_blocks`. For ``fp16``, the tokens' own bytes.
     """
     itemsize = shape.dtype.size
     row = shape.kv_heads * (shape.key_dim + shape.value_dim) * itemsize

@@ -1,7 +1,6 @@
 """What the server reserves for requests: never less than a batch holds, from the model's shapes alone."""
 
 import copy
-import math
 import random
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ def needs(model, scheme="turbo4", step=2048, at_once=8):
 
 def test_a_request_alone_needs_its_compressed_rows_and_while_it_reads_its_raw_prompt(model):
     scheme, shapes = KVScheme.parse("turbo4"), layer_shapes(model)
-    kept = sum(math.ceil(cache_nbytes(scheme, shape, 3100) * 33 / 32) for shape in shapes)
+    kept = sum(cache_nbytes(scheme, shape, 3100 + 3 * scheme.block) for shape in shapes)
     # Two layers, two key heads of 64, float32, keys and values; and the sums of the prompt's queries.
     raw = 2 * (3072 * 2 * 128 * 4 + 2 * 64 * 4)
     need = Need(3000, 3100)

@@ -29,12 +29,6 @@ class RowBuffer:
     def array(self, array: mx.array | None) -> None:
         self._array, self._parts = array, None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, spare room included."""
-        array = self.array
-        return 0 if array is None else array.nbytes
-
     def view(self) -> mx.array:
         """The rows (B, Hkv, length, D)."""
         full = self.length == self.array.shape[2]
@@ -110,11 +104,6 @@ class PackedBuffer:
     def length(self) -> int:
         """Rows (tokens) held."""
         return 0 if self._parts is None else self._parts.codes.length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, spare room included."""
-        return sum(part.nbytes for part in self._parts or () if part is not None)
 
     def view(self) -> PackedTensor:
         """All packed rows."""

@@ -101,10 +101,8 @@ class HeldTokens:
     @property
     def nbytes(self) -> int:
         """Bytes of every array held: raw and packed rows with their spare room, scales, centres, what was learned."""
-        arrays = [*(self._sinks or ()), self._queries.sums, *self._learned()]
-        arrays += [array for _, tails, _ in self._undo for array, _ in tails]
-        buffers = [*self._tail, *(self._blocks or ())]
-        return sum(a.nbytes for a in arrays if a is not None) + sum(b.nbytes for b in buffers)
+        undone = (array for _, tails, _ in self._undo for array, _ in tails)
+        return sum(array.nbytes for array in (*self._arrays(), *undone) if array is not None)
 
     @property
     def raw_nbytes(self) -> int:
@@ -123,6 +121,14 @@ class HeldTokens:
             8 * rows.nbytes / (rows.length * rows.codes.shape[0] * rows.codes.shape[1] * quantizer.dim)
             for rows, quantizer in zip(packed, self._quantizers, strict=True)
         )
+
+    def _arrays(self) -> list[mx.array]:
+        """Every array held, with its spare room."""
+        held = [rows.array for rows in self._tail]
+        for blocks in self._blocks or ():
+            held += blocks.stored()
+        held += [*(self._sinks or ()), self._queries.sums, *self._learned()]
+        return [array for array in held if array is not None]
 
     def _append_to_tail(self, keys: mx.array, values: mx.array) -> None:
         for rows, new in zip(self._tail, (keys, values), strict=True):

@@ -16,7 +16,7 @@ from mlx_turboquant.cache.buffers import PackedBuffer
 from mlx_turboquant.cache.checks import check_rows
 from mlx_turboquant.cache.held import HeldTokens
 from mlx_turboquant.cache.schedule import due, tail_room
-from mlx_turboquant.ops.keep_rows import Kept, keep_rows
+from mlx_turboquant.ops.keep_rows import keep_rows
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -206,13 +206,8 @@ class TurboQuantKVCache(HeldTokens):
         for rows, newest in zip(self._tail, kept.newest, strict=True):
             rows.array, rows.length = newest, rows.length - stop
         raw_bytes = sum(rows.nbytes // rows.shape[2] for rows in raw) * (stop - skip)
-        start_settling(raw_bytes, lambda: self._made(kept), lean=in_kernels(None, *self._quantizers))
+        start_settling(raw_bytes, self._arrays, lean=in_kernels(None, *self._quantizers))
         return stop - skip
-
-    def _made(self, kept: Kept) -> list[mx.array]:
-        """Every array that an encoding makes."""
-        packed = [array for blocks in self._blocks for array in blocks.stored() if array is not None]
-        return [*packed, *kept.newest, *(kept.first or ()), *self._learned()]
 
     def _drop_oldest(self, new: int) -> None:
         """Make room for so many tokens in a bounded cache."""
@@ -265,9 +260,14 @@ class TurboQuantKVCache(HeldTokens):
 
     @property
     def state(self) -> tuple:
-        """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`."""
+        """Everything that it is, as nested tuples of arrays, text and numbers; layout in `saved_state`.
+
+        A prefill loop of mlx-lm, which only evaluates it, gets the arrays as they are held: packing them takes half as
+        long as all else that a chunk asks of a layer.
+        """
         if sys._getframe(1).f_globals.get("__name__") in PREFILL_LOOPS:
             self.end_chunk()
+            return tuple(self._arrays())
         return saved_state.pack(self)
 
     @state.setter

@@ -1,6 +1,5 @@
 """How many KV bytes requests will need, from the shapes of the model's caches and the requests' lengths."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache.schedule import spare_blocks
 from mlx_turboquant.sizes import LayerShape, cache_nbytes
 
 _STEP = 256  # rows by which raw buffers grow, mlx-lm's and ours
-_SPARE = 33 / 32  # packed buffers grow by 1/32
 _SEGMENTS = 3  # into so many parts mlx-lm cuts a prompt, each of which may pad the others of a raw batch
 
 
@@ -80,7 +79,11 @@ class _Compressed:
         self._short = cache_nbytes(self._scheme, self._shape, self._first - 1)  # the most before that
 
     def _packed(self, tokens: int) -> int:
-        return math.ceil(cache_nbytes(self._scheme, self._shape, tokens) * _SPARE) if tokens >= self._first else 0
+        if tokens < self._first:
+            return 0
+        scheme = self._scheme
+        blocks = (tokens - scheme.sinks - scheme.window) // scheme.block
+        return cache_nbytes(scheme, self._shape, tokens + spare_blocks(blocks) * scheme.block)
 
     def kept(self, tokens: int) -> int:
         return max(self._packed(tokens), self._short)
