@@ -45,6 +45,7 @@ class HadamardRotation(_Shared):
         # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space).
         flat = self._hartley.reshape(-1)
         self.kernel_hartley = flat if flat.size >= 8 else mx.concatenate([flat, mx.zeros(8 - flat.size)])
+        mx.eval(self.kernel_hartley)  # not a part of whatever is compiled when it is first used
 
     def apply(self, x: mx.array) -> mx.array:
         """Rotate (..., dim) float32 vectors; norms and inner products stay."""

@@ -11,12 +11,12 @@ import mlx.core as mx
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES, in_kernels
 from mlx_turboquant.binding import ATTENTION, bind, is_bound
 from mlx_turboquant.cache import drafts, saved_state, trimming
+from mlx_turboquant.cache.block_encoding import encode_tail
 from mlx_turboquant.cache.bound import attention_mask, check_max_size, tokens_to_drop
 from mlx_turboquant.cache.buffers import PackedBuffer
 from mlx_turboquant.cache.checks import check_rows
 from mlx_turboquant.cache.held import HeldTokens
-from mlx_turboquant.cache.schedule import due, tail_room
-from mlx_turboquant.ops.keep_rows import keep_rows
+from mlx_turboquant.cache.schedule import due
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import start_settling
@@ -190,19 +190,17 @@ class TurboQuantKVCache(HeldTokens):
         if stop == skip:
             return 0
         self._plain.stop()
-        raw = [rows.array for rows in self._tail]
-        kept = keep_rows(*raw, first=skip, start=stop, stop=self.tail_tokens, room=tail_room(self.scheme))
+        raw = tuple(rows.array for rows in self._tail)
+        if first:
+            for quantizer, rows in zip(self._quantizers, raw, strict=True):
+                quantizer.fit(rows[:, :, skip:stop], self._queries.sums, quantizer.squares(rows, skip, stop))
+        packed, bad, kept = encode_tail(self.scheme, self._quantizers, raw, skip, stop, self.tail_tokens)
         if first:
             self._sinks = kept.first
             self._blocks = tuple(PackedBuffer(self.scheme.block) for _ in range(2))
-            for quantizer, rows in zip(self._quantizers, raw, strict=True):
-                quantizer.fit(rows[:, :, skip:stop], self._queries.sums, quantizer.squares(rows, skip, stop))
-        seen = []
-        for blocks, quantizer, rows in zip(self._blocks, self._quantizers, raw, strict=True):
-            packed, bad = quantizer.encode_and_look(rows, skip, stop, self.scheme.block)
-            blocks.append(packed, stop - skip)
-            seen.append(bad)
-        self._nonfinite.add(*seen)
+        for blocks, new in zip(self._blocks, packed, strict=True):
+            blocks.append(new, stop - skip)
+        self._nonfinite.add(*bad)
         for rows, newest in zip(self._tail, kept.newest, strict=True):
             rows.array, rows.length = newest, rows.length - stop
         raw_bytes = sum(rows.nbytes // rows.shape[2] for rows in raw) * (stop - skip)

@@ -165,5 +165,4 @@ def _prepared(kernel, backend, dtype, B, H, count, D, bits, group, block, center
             (B, H, count // block, -(-block // 32)),
         ],
         output_dtypes=[mx.uint32, dtype, dtype, mx.uint32],
-        compiled=True,
     )

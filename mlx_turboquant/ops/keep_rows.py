@@ -74,5 +74,4 @@ def _prepared(kernel, backend, dtype, B, H, D, Dv, room, first):
             *(((B, H, first, D), (B, H, first, Dv)) if first else ((8,), (8,))),
         ],
         output_dtypes=[dtype] * 4,
-        compiled=True,
     )

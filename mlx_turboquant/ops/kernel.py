@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_turboquant.kernel_source import kernel_source
-from mlx_turboquant.ops.backend import BACKENDS, register_backend
+from mlx_turboquant.ops.backend import register_backend
 from mlx_turboquant.ops.cuda_text import cuda_text, in_a_file, launch_bounds
 
 # Above this line a kernel file holds its contract and its functions, below it the body that mx.fast.metal_kernel wants.
@@ -80,12 +80,10 @@ class Kernel:
         threads: int,
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
-        compiled: bool = False,
     ) -> Callable[[Sequence[mx.array]], list[mx.array]]:
         """A function of the input arrays that runs `groups` threadgroups of `threads` threads each.
 
-        Inputs must be row contiguous: another layout would be copied by MLX, each time. Compiled, MLX keeps the text
-        and the name, which it builds anew at every call otherwise; shapes of inputs must then be few.
+        Inputs must be row contiguous: another layout would be copied by MLX, each time.
 
         Raises:
             ValueError: for more threads in a threadgroup than every device takes.
@@ -100,9 +98,6 @@ class Kernel:
             "output_shapes": list(output_shapes),
             "output_dtypes": list(output_dtypes),
         }
-        if compiled and backend in BACKENDS:
-            run = mx.compile(lambda *inputs: call(inputs=list(inputs), **fixed))
-            return lambda inputs: run(*inputs)
         return lambda inputs: call(inputs=inputs, **fixed)
 
     def __call__(self, backend: str, inputs: Sequence[mx.array], **how: Any) -> list[mx.array]:
