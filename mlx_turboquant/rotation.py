@@ -41,11 +41,12 @@ class HadamardRotation(_Shared):
         self._two = dim & -dim  # the largest power of two that divides dim
         self._odd = dim // self._two
         self.signs = mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], dim).astype(np.float32))
-        self._hartley = mx.array(_hartley(self._odd))
-        # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space).
-        flat = self._hartley.reshape(-1)
-        self.kernel_hartley = flat if flat.size >= 8 else mx.concatenate([flat, mx.zeros(8 - flat.size)])
-        mx.eval(self.kernel_hartley)  # not a part of whatever is compiled when it is first used
+        matrix = _hartley(self._odd)
+        self._hartley = mx.array(matrix)
+        # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space). numpy fills it up:
+        # MLX would do that again in everything that is compiled before this is first evaluated.
+        more = max(8 - matrix.size, 0)
+        self.kernel_hartley = mx.array(np.pad(matrix.reshape(-1), (0, more))) if more else self._hartley.reshape(-1)
 
     def apply(self, x: mx.array) -> mx.array:
         """Rotate (..., dim) float32 vectors; norms and inner products stay."""

@@ -120,7 +120,7 @@ class PackedBuffer:
             self._parts = PackedTensor(*[None if array is None else RowBuffer() for array in packed])
             room = expected // self.block
         else:
-            room = blocks + spare_blocks(blocks)
+            room = blocks + spare_blocks(blocks, self.block)
         for part, array, n in zip(self._parts, packed, self._tokens, strict=True):
             if part is not None:
                 part.append(array, room * (self.block // n))

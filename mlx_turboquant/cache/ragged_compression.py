@@ -139,6 +139,8 @@ class RaggedCompression:
         return [tokens_to_drop(tokens, new, self.max_size, self.scheme) for tokens in held]
 
     def _drop_oldest(self, new: int) -> None:
+        if self.max_size is None:
+            return
         drops = self._drops(new)
         if not any(drops):
             return

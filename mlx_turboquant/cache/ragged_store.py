@@ -92,7 +92,7 @@ class RaggedStore:
         if held is None:
             held = packed.map(lambda a: mx.zeros((B, a.shape[1], 0, a.shape[3]), a.dtype))
         if need > held.length:
-            room = need + (spare_blocks(need // block) * block if held.length else 0)
+            room = need + (spare_blocks(need // block, block) * block if held.length else 0)
             held = held.map(lambda array, n: buffers.resized(array, room // n), tokens)
         held.map(lambda array, new, n: buffers.write(array, new, [s // n for s in starts], first), packed, tokens)
         self.blocks[side] = held

@@ -3,6 +3,8 @@
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.scheme import KVScheme
 
+_LEAST_SPARE = 192  # tokens
+
 
 def due(scheme: KVScheme, tail: int, first: bool) -> tuple[int, int]:
     """The rows of a raw tail that are to be encoded: whole blocks that are older than the window.
@@ -29,12 +31,12 @@ def sinks_in(scheme: KVScheme, tail: int, first: bool) -> int:
     return min(scheme.sinks, tail) if first else 0
 
 
-def spare_blocks(blocks: int) -> int:
-    """Room for how many more blocks to make when packed rows must move: 1/32, and so that not every block moves them.
+def spare_blocks(blocks: int, block: int) -> int:
+    """How many more blocks of so many tokens there is to be room for when packed rows must move: 1/32, and 192 tokens.
 
-    With 3, room is made for 256 tokens at a time where a block has 64, as in mlx-lm's caches.
+    With those 192 and a block of 64, rows of a short cache move every 256 tokens, as in mlx-lm's caches.
     """
-    return max(blocks // 32, 3)
+    return max(blocks // 32, -(-_LEAST_SPARE // block))
 
 
 def tail_room(scheme: KVScheme) -> int:

@@ -209,6 +209,8 @@ class TurboQuantKVCache(HeldTokens):
 
     def _drop_oldest(self, new: int) -> None:
         """Make room for so many tokens in a bounded cache."""
+        if self.max_size is None:
+            return
         n = tokens_to_drop(self.size(), new, self.max_size, self.scheme)
         if n == 0:
             return

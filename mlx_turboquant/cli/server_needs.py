@@ -83,7 +83,7 @@ class _Compressed:
             return 0
         scheme = self._scheme
         blocks = (tokens - scheme.sinks - scheme.window) // scheme.block
-        return cache_nbytes(scheme, self._shape, tokens + spare_blocks(blocks) * scheme.block)
+        return cache_nbytes(scheme, self._shape, tokens + spare_blocks(blocks, scheme.block) * scheme.block)
 
     def kept(self, tokens: int) -> int:
         return max(self._packed(tokens), self._short)

@@ -1,6 +1,5 @@
 """What the cache and attention ask of one side of a layer: encode, decode, scores and weighted sums."""
 
-import copy
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -89,12 +88,18 @@ class Quantizer:
 
     def sequences(self, which: slice) -> "Quantizer":
         """The same for some of the sequences."""
-        part = copy.copy(self)
+        part = self._twin()
         part.learned = None if self.learned is None else tuple(array[which] for array in self.learned)
         return part
 
+    def _twin(self) -> "Quantizer":
+        """What `copy.copy` gives, in a tenth of its time: a batch makes two for each layer and block."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
     def __deepcopy__(self, memo: dict) -> "Quantizer":
-        return copy.copy(self)
+        return self._twin()
 
 
 class KeyQuantizer(Quantizer):
