@@ -43,8 +43,8 @@ class HadamardRotation(_Shared):
         self.signs = mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], dim).astype(np.float32))
         matrix = _hartley(self._odd)
         self._hartley = mx.array(matrix)
-        # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space). Filled up by numpy:
-        # MLX would do that again in all that is compiled before this is first evaluated.
+        # For kernels: row by row, and at least 8 numbers (MLX passes fewer in another address space). numpy fills it
+        # up: MLX would do that again in all that is compiled before this is first evaluated.
         more = max(8 - matrix.size, 0)
         self.kernel_hartley = mx.array(np.pad(matrix.reshape(-1), (0, more))) if more else self._hartley.reshape(-1)
 
