@@ -63,7 +63,7 @@ METHODS = {
         {"sinks": 0, "window": 32, "group": 32, **_PLAIN},
         {2: {"subspace": 20}},
         {"group": (16, 32, 64, 128)},
-        names=("squat2", "squat3", "squat4"),
+        names=("squat2", "squat4"),
     ),
     "int": Method((0, 8), (*_CACHE, *_KEYS, "prefill"), _PLAIN, names=("int8",)),
     "affine": Method(
