@@ -3,7 +3,7 @@
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.scheme import KVScheme
 
-_LEAST_SPARE = 192  # tokens
+_FEW_SPARE = 192  # tokens
 
 
 def due(scheme: KVScheme, tail: int, first: bool) -> tuple[int, int]:
@@ -32,11 +32,11 @@ def sinks_in(scheme: KVScheme, tail: int, first: bool) -> int:
 
 
 def spare_blocks(blocks: int, block: int) -> int:
-    """How many more blocks of so many tokens there is to be room for when packed rows must move: 1/32, and 192 tokens.
+    """How many more blocks of so many tokens there is to be room for when packed rows must move.
 
-    With those 192 and a block of 64, rows of a short cache move every 256 tokens, as in mlx-lm's caches.
+    1/32 of them; while they are few, up to 1/8 or 192 tokens, so that not every block moves them.
     """
-    return max(blocks // 32, -(-_LEAST_SPARE // block))
+    return max(blocks // 32, min(blocks // 8, -(-_FEW_SPARE // block)))
 
 
 def tail_room(scheme: KVScheme) -> int:
