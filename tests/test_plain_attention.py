@@ -55,4 +55,5 @@ def test_memory_of_a_step_does_not_grow_with_the_cache(L):
         mx.eval(attend(queries, *packed, 0.1, "causal", backend="reference"))
         peaks.append(mx.get_peak_memory() - held)
     assert peaks[0] < 10 * plain_attention.CPU_PIECE_BYTES
-    assert peaks[1] - peaks[0] < 24 * (32768 - 8192) + plain_attention.CPU_PIECE_BYTES
+    # Rows decoded whole would be 24 MiB more; which pieces are under way at once depends on MLX's threads.
+    assert peaks[1] - peaks[0] < 24 * (32768 - 8192) + 4 * plain_attention.CPU_PIECE_BYTES
