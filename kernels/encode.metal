@@ -14,8 +14,8 @@
 //   bad      (B, Hkv, n, BAD_WORDS) uint32, BAD_WORDS = BLOCK / 32 rounded up: bit r % 32 of word r / 32 is set if row r
 //            of the block holds a number that is not finite (as survey.metal has it)
 // Template: T float16_t, bfloat16_t or float. D, at most 256, with TWO >= 16. BITS 2, 3, 4 or 8. GROUP, a divisor of D.
-//   BLOCK, a multiple of 16. CENTER. BALANCE. SCALINGS tried. TERMS of the polynomial. PER, see rows.h: at least 2 lanes for a
-//   row, and where PER divides GROUP and GROUP divides TWO or TWO divides GROUP, no masks are needed. THREADS, a
+//   BLOCK, a multiple of 16. CENTER. BALANCE. SCALINGS tried. TERMS of the polynomial. PER, see rows.h: at least 2 lanes
+//   for a row, and where PER divides GROUP and GROUP divides TWO or TWO divides GROUP, no masks are needed. THREADS, a
 //   multiple of 32 and at least D / 8.
 // Grid: (n, Hkv, B) threadgroups of THREADS, one for each block.
 // Simdgroups take 32 * PER / TWO rows at a time. A block is read twice, for its mean and to be encoded: the second time

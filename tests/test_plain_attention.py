@@ -50,10 +50,11 @@ def test_memory_of_a_step_does_not_grow_with_the_cache(L):
     for T in (8192, 32768):
         queries, packed, _ = case(T=T, D=128, heads=4, kv_heads=1, L=L)
         mx.eval(queries, [(rows.sinks, rows.stored.map(lambda a: a), rows.tail) for rows in packed])
-        held = memory_in_use()
-        mx.reset_peak_memory()
-        mx.eval(attend(queries, *packed, 0.1, "causal", backend="reference"))
-        peaks.append(mx.get_peak_memory() - held)
+        held, seen = memory_in_use(), []
+        for _ in range(4):  # which pieces are under way at once depends on MLX's threads
+            mx.reset_peak_memory()
+            mx.eval(attend(queries, *packed, 0.1, "causal", backend="reference"))
+            seen.append(mx.get_peak_memory() - held)
+        peaks.append(min(seen))
     assert peaks[0] < 10 * plain_attention.CPU_PIECE_BYTES
-    # Rows decoded whole would be 24 MiB more; which pieces are under way at once depends on MLX's threads.
-    assert peaks[1] - peaks[0] < 24 * (32768 - 8192) + 4 * plain_attention.CPU_PIECE_BYTES
+    assert peaks[1] - peaks[0] < 24 * (32768 - 8192) + plain_attention.CPU_PIECE_BYTES

@@ -44,19 +44,19 @@ def keep_rows(
     backend, room = choose_backend(backend), max(room, stop - start)
     D, Dv = keys.shape[3], values.shape[3]
     if backend == "reference" or D % 8 or Dv % 8 or keys.dtype != values.dtype:
-        newest = tuple(_with_room(rows[:, :, start:stop], room) for rows in (keys, values))
+        newest = tuple(resized(rows[:, :, start:stop], room) for rows in (keys, values))
         return Kept(newest, tuple(mx.contiguous(rows[:, :, :first]) for rows in (keys, values)) if first else None)
     run = _prepared(_KEEP, backend, keys.dtype, *keys.shape[:2], D, Dv, room, first)
     new_k, new_v, *rest = run([keys, values, ints(keys.shape[2], values.shape[2], start, stop - start)])
     return Kept((new_k, new_v), tuple(rest) if first else None)
 
 
-def _with_room(rows: mx.array, room: int) -> mx.array:
-    B, H, T, D = rows.shape
-    out = mx.zeros((B, H, room, D), rows.dtype)
-    if T:
-        out[:, :, :T] = rows
-    return mx.contiguous(out)  # assigning all of an array makes it the assigned one, a slice of another perhaps
+def resized(array: mx.array, room: int) -> mx.array:
+    """A new array (B, H, room, D) with the first rows of (B, H, T, D), zeros behind them if it is longer."""
+    B, H, T, D = array.shape
+    if room > T:
+        return mx.concatenate([array, mx.zeros((B, H, room - T, D), array.dtype)], axis=2)
+    return mx.contiguous(array[:, :, :room])  # a slice would keep all of the array alive
 
 
 @lru_cache(maxsize=256)

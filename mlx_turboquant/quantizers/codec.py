@@ -26,6 +26,7 @@ class Codec:
     Attributes:
         wants_queries: whether `fit` has a use for the second moments of the prompt's queries.
         fused: how the attention kernel reads what it stores; None if no kernel does.
+        in_kernels: whether kernels encode and decode its rows, where a GPU has some.
 
     Raises:
         ValueError: if an option does not suit the head size.
@@ -33,6 +34,7 @@ class Codec:
 
     wants_queries = False
     fused: Fused | None = None
+    in_kernels = False
 
     def __init__(self, scheme: Any, bits: float, dim: int, dtype: mx.Dtype):
         self.bits, self.dim, self.dtype, self.block = bits, dim, dtype, scheme.block

@@ -29,6 +29,7 @@ class CodedKeys(KeyQuantizer):
     def __init__(self, codec: Codec, scheme: Any):
         self.codec, self.block = codec, scheme.block
         self.bits, self.dim, self.dtype = codec.bits, codec.dim, codec.dtype
+        self.in_kernels = codec.in_kernels
         self.fused = codec.fused or f"no kernel reads {scheme.method}{codec.bits:g} keys"
         self.center, self.balanced = scheme.center, scheme.balance
         self.queries_wanted = "moments" if codec.wants_queries else "squares" if self.balanced else ""
@@ -139,6 +140,7 @@ class CodedValues(ValueQuantizer):
     def __init__(self, codec: Codec, scheme: Any):
         self.codec, self.block = codec, scheme.block
         self.bits, self.dim, self.dtype = codec.bits, codec.dim, codec.dtype
+        self.in_kernels = codec.in_kernels
         self.fused = codec.fused or f"no kernel reads {scheme.method}{codec.bits:g} values"
 
     def learned_layout(self, B: int, H: int) -> tuple[tuple[tuple[int, ...], mx.Dtype], ...]:

@@ -77,11 +77,6 @@ class TurboCodec(Codec):
 class TurboKeys(CodedKeys):
     """Keys of one layer, encoded and decoded in a kernel where there is one."""
 
-    @property
-    def in_kernels(self) -> bool:
-        """Whether kernels take such rows."""
-        return self.codec.in_kernels
-
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode keys (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""
         return _encode(self, rows, start, stop, self.center, self.balance).packed
@@ -97,11 +92,6 @@ class TurboKeys(CodedKeys):
 
 class TurboValues(CodedValues):
     """Values of one layer, encoded and decoded in a kernel where there is one."""
-
-    @property
-    def in_kernels(self) -> bool:
-        """Whether kernels take such rows."""
-        return self.codec.in_kernels
 
     def encode(self, rows: mx.array, start: int = 0, stop: int | None = None) -> PackedTensor:
         """Encode values (B, Hkv, .., D): the rows from start to stop, stop - start a multiple of block."""

@@ -1,6 +1,7 @@
 """The kinds of cases that kernels are checked with: each is one template combination and the lengths it is run at."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 BITS = (2, 3, 4, 8)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -92,8 +93,18 @@ class AttendCase:
         return ", ".join([main, "1 pass" if self.passes == 1 else "2 passes", *_others(self, shown)])
 
 
+class _OneKernel:
+    """A case of an operation that is one kernel of the same name."""
+
+    operation: ClassVar[str]
+
+    def kernels(self, backend: str) -> tuple[str, ...]:
+        """The kernels that it runs."""
+        return () if backend == "reference" else (self.operation,)
+
+
 @dataclass(frozen=True)
-class _RowCase:
+class _RowCase(_OneKernel):
     """A few blocks of rows. Attributes as in `AttendCase`."""
 
     bits: int = 4
@@ -103,10 +114,6 @@ class _RowCase:
     block: int = 64
     center: bool = True
     balance: bool = True
-
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else (self.operation,)
 
     def __str__(self) -> str:
         return ", ".join([f"{self.bits} bits D{self.D} {self.dtype}", *_others(self, {"bits", "D", "dtype"})])
@@ -136,7 +143,7 @@ class DequantizeCase(_RowCase):
 
 
 @dataclass(frozen=True)
-class SurveyCase:
+class SurveyCase(_OneKernel):
     """Three blocks of rows, looked at in a buffer that holds more; without `center` the last one is shorter.
 
     Attributes:
@@ -154,16 +161,12 @@ class SurveyCase:
 
     operation = "survey"
 
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else (self.operation,)
-
     def __str__(self) -> str:
         return ", ".join([f"D{self.D} {self.dtype}", *_others(self, {"D", "dtype"})])
 
 
 @dataclass(frozen=True)
-class KeepCase:
+class KeepCase(_OneKernel):
     """The rows that stay raw when blocks are encoded, of two sequences; some entries are NaN or infinite.
 
     Attributes:
@@ -182,25 +185,17 @@ class KeepCase:
 
     operation = "keep_rows"
 
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else (self.operation,)
-
     def __str__(self) -> str:
         return ", ".join([f"D{self.D}/{self.Dv} {self.dtype}", *_others(self, {"D", "Dv", "dtype"})])
 
 
 @dataclass(frozen=True)
-class BalanceCase:
+class BalanceCase(_OneKernel):
     """The balance of some heads, one of which saw no query, one with a channel far above the others."""
 
     D: int = 128
 
     operation = "balance"
-
-    def kernels(self, backend: str) -> tuple[str, ...]:
-        """The kernels that it runs."""
-        return () if backend == "reference" else (self.operation,)
 
     def __str__(self) -> str:
         return f"D{self.D}"

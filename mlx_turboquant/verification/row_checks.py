@@ -13,6 +13,7 @@ from mlx_turboquant.ops.row_kernels import reason_against
 from mlx_turboquant.rotation import make_rotation
 from mlx_turboquant.tensor import PackedTensor
 from mlx_turboquant.verification.cases import KV_HEADS, DequantizeCase, EncodeCase
+from mlx_turboquant.verification.survey_check import bad_rows
 
 # What room beyond the valid rows is filled with, so that a stray read is loud.
 LOUD = 3e4
@@ -133,7 +134,8 @@ class EncodeCheck(_RowCheck):
     def judge(self, out: Encoded, backend: str) -> tuple[Any, float]:
         """(error, allowed)."""
         out, bad = out
-        if not np.array_equal(np.array(bad), self._bad_bits()):
+        rows = np.array(self.rows.astype(mx.float32))[:, :, START : START + 3 * self.case.block]
+        if not np.array_equal(bad_rows(bad, self.case.block), ~np.isfinite(rows).all(axis=-1)):
             return float("inf"), SLACK[self.case.bits]
         if backend == "reference":
             target, decoded = self._target(), self._decoded(out)
@@ -146,14 +148,6 @@ class EncodeCheck(_RowCheck):
         worse = self._squared_error(out) / self._squared_error(self.reference) - 1
         longer = self._norms(out) / self._norms(self.reference) - 1
         return mx.maximum(worse.max(), mx.abs(longer).max()).item(), SLACK[self.case.bits]
-
-    def _bad_bits(self) -> np.ndarray:
-        block, rows = self.case.block, np.array(self.rows.astype(mx.float32))[:, :, START : START + 3 * self.case.block]
-        bad = ~np.isfinite(rows).all(axis=-1).reshape(1, KV_HEADS, 3, block)
-        words = np.zeros((1, KV_HEADS, 3, -(-block // 32) * 32), np.uint32)
-        words[..., :block] = bad
-        words = words.reshape(1, KV_HEADS, 3, -1, 32) << np.arange(32, dtype=np.uint32)
-        return words.sum(axis=-1, dtype=np.uint32)
 
     def _target(self) -> mx.array:
         rows = self.rows[:, :, START : START + 3 * self.case.block].astype(mx.float32)

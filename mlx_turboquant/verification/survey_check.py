@@ -14,6 +14,13 @@ START, BLOCKS = 5, 3
 _ALLOWED = 1e-4
 
 
+def bad_rows(bad: mx.array, block: int) -> np.ndarray:
+    """Which rows (B, H, n * block) bool are marked in `Survey.bad` of n blocks."""
+    words = np.array(bad)
+    bits = ((words[..., None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(*words.shape[:3], -1)
+    return bits[..., :block].reshape(*words.shape[:2], -1).astype(bool)
+
+
 class SurveyCheck:
     """The error is the largest of a channel's squares, as a part of it; infinite if a bad row is missed or invented."""
 
@@ -38,11 +45,8 @@ class SurveyCheck:
 
     def judge(self, out: Survey, backend: str) -> tuple[float, float]:
         """(error, allowed)."""
-        words = np.array(out.bad)
-        bits = ((words[..., None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(*words.shape[:3], -1)
-        bits = bits[..., : self.case.block].reshape(*words.shape[:2], -1)[..., : self.count].astype(bool)
         fine = np.isfinite(self.exact)
-        if not np.array_equal(bits, ~fine.all(axis=-1)):
+        if not np.array_equal(bad_rows(out.bad, self.case.block)[..., : self.count], ~fine.all(axis=-1)):
             return float("inf"), _ALLOWED
         if not self.case.squares:
             return 0.0, _ALLOWED
