@@ -197,6 +197,7 @@ struct RawRows {
   constexpr int KWORDS = CODE_WORDS + (SIGNS ? (D + 31) / 32 : 0), KNUMBERS = KG + SIGNS;
   constexpr int RAW_WORDS = words_of_row(0, D, sizeof(T));
   constexpr int KSPAN = D / KG, VSPAN = D / VG;  // elements of a group
+  constexpr int QR = (RC + NSG - 1) / NSG;  // query rows that a simdgroup prepares
   constexpr int SHARED = NSG * RC * DP > 2 * RC * DP ? NSG * RC * DP : 2 * RC * DP;
 
   threadgroup float shared_rows[SHARED];  // first the queries, plain and turned; in the end each simdgroup's sums
@@ -225,6 +226,22 @@ struct RawRows {
   uint row0 = threadgroup_position_in_grid.y % chunks * RC;
   uint split = threadgroup_position_in_grid.x;
   ulong head = ulong(b) * HKV + kvh;
+  // What does not depend on `sizes` is asked for together with them, not a trip to memory later.
+  const device float* signs = table + 8;
+  const device float* hartley = signs + D;
+  float scale = table[0];
+  float asked[QR][E], turn[E], weight[E];
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    uint i = uint(e) * 32 + at.lane;
+#pragma unroll
+    for (int n = 0; n < QR; n++) {
+      uint r = row0 + sg + uint(n) * NSG;
+      asked[n][e] = r < rows && i < uint(D) ? float(q[(head * rows + r) * D + i]) : 0.0f;
+    }
+    if (KB > 0) { turn[e] = i < uint(D) ? signs[i] : 0.0f; }
+    if (KB > 0 && BALANCE) { weight[e] = i < uint(D) ? float(balance[head * D + i]) : 1.0f; }
+  }
   uint sinks = uint(sizes[8 + 4 * b]), packed = uint(sizes[9 + 4 * b]), tail = uint(sizes[10 + 4 * b]);
   uint raw = sinks + tail, tokens = raw + packed;
 
@@ -283,17 +300,17 @@ struct RawRows {
   }
 
   // Queries, times the scale: as they are for raw keys and centres, transformed for packed keys.
-  const device float* signs = table + 8;
-  const device float* hartley = signs + D;
-  float qscale = table[0] * LOG2E;
-  for (uint r = sg; r < uint(RC); r += NSG) {
+  float qscale = scale * LOG2E;
+#pragma unroll
+  for (int n = 0; n < QR; n++) {
+    uint r = sg + uint(n) * NSG;
+    if (r >= uint(RC)) { break; }
     float x[E];
     for (int e = 0; e < E; e++) {
       uint i = uint(e) * 32 + at.lane;
-      bool live = row0 + r < rows && i < uint(D);
-      x[e] = live ? float(q[(head * rows + row0 + r) * D + i]) * qscale : 0.0f;
+      x[e] = asked[n][e] * qscale;
       if (i < uint(DP)) { plain[r * DP + i] = x[e]; }
-      if (KB > 0 && live) { x[e] *= BALANCE ? signs[i] / float(balance[head * D + i]) : signs[i]; }
+      if (KB > 0) { x[e] *= BALANCE ? turn[e] / weight[e] : turn[e]; }
     }
     if (KB > 0) { hadamard_hartley<D>(x, hartley, at.lane); }
     for (int i = int(at.lane); i < DP; i += 32) { turned[r * DP + i] = i < D ? x[(i / 32) % E] : 0.0f; }
@@ -302,7 +319,7 @@ struct RawRows {
   if (KB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_k[i % (KB == 8 ? 256 : 1)] = codebook_8[i]; } }
   if (VB == 8) { for (uint i = tid; i < 256; i += 32 * NSG) { wide_v[i % (VB == 8 ? 256 : 1)] = codebook_8[i]; } }
 #ifdef TURBOQUANT_BESIDE
-  if (split + 1 == threadgroups_per_grid.x && row0 == 0) {
+  if (split == 0 && row0 == 0) {
     constexpr uint FOURS = RAW_WORDS / 4;
     for (uint i = tid; i < FEW * FOURS; i += 32 * NSG) {
       uint slot = i / FOURS;

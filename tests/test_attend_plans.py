@@ -128,7 +128,7 @@ def test_scratch_is_a_sum_and_two_numbers_for_each_row_and_split(backend, calls)
 
 @pytest.mark.parametrize("backend", GPUS)
 def test_no_kernel_is_compiled_for_a_length(backend, calls):
-    """Over a cache that grows token by token; the merge has the number of splits in its text, which doubles."""
+    """Over a cache that grows token by token; the merge has the numbers of splits in its text: one doubles."""
     for tokens in [*range(20, 1100, 3), *range(1100, 1 << 16, 61), 1 << 18, 1 << 20]:
         tail = 16 + (tokens - 20) % 64
         attend(backend, (4, tokens - 4 - tail, tail) if tokens > 100 else (4, 0, tokens - 4))
@@ -136,7 +136,7 @@ def test_no_kernel_is_compiled_for_a_length(backend, calls):
     assert len(libraries(short)["attend"]) == 1
     found = libraries(calls)
     assert len(found["attend"]) == 2 and len(found.get("attend_mma", ())) <= 1
-    assert len(found["attend_merge"]) <= 6
+    assert len(found["attend_merge"]) <= 7
 
 
 @pytest.mark.parametrize("backend", GPUS)

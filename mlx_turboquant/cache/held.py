@@ -20,6 +20,10 @@ from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.scheme import KVScheme
 from mlx_turboquant.tensor import CompressedRows
 
+# A GPU reads the first layers of a chunk of so many tokens while Python builds the graph of the others, and the first
+# token is shown so much earlier.
+_CHUNK = 128
+
 
 class HeldTokens:
     """The rows of one layer and one sequence (or several of equal lengths), and how many; see `TurboQuantKVCache`."""
@@ -133,6 +137,8 @@ class HeldTokens:
     def _append_to_tail(self, keys: mx.array, values: mx.array) -> None:
         for rows, new in zip(self._tail, (keys, values), strict=True):
             rows.append(new, -(-(rows.length + new.shape[2]) // 256) * 256)
+        if keys.shape[2] >= _CHUNK:
+            mx.async_eval(self._tail[0].array)
 
     def _learned(self) -> list[mx.array]:
         """What the quantizers learned from the prompt."""

@@ -4,11 +4,11 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_turboquant.cache.plain_steps import Steps
 from mlx_turboquant.cache.ragged_store import Length
 from mlx_turboquant.cache.schedule import until_due
+from mlx_turboquant.ops.device_ints import advancing_ints
 from mlx_turboquant.tensor import RaggedRows
 
 
@@ -61,7 +61,7 @@ def _one_more(lengths: tuple[Length, ...]) -> tuple[int | mx.array, tuple[Length
     longer = tuple(Length(sinks, packed, tail + 1) for sinks, packed, tail in lengths)
     if len(set(starts)) == 1:
         return starts[0], longer, list(longer)
-    return mx.array(np.array(starts, np.int32).reshape(-1, 1, 1, 1)), longer, list(longer)
+    return advancing_ints(starts).reshape(-1, 1, 1, 1), longer, list(longer)
 
 
 def _with_token(tail: mx.array, new: mx.array, where: int | mx.array) -> mx.array:

@@ -19,6 +19,7 @@ from mlx_turboquant.cache.ragged_mask import ragged_mask
 from mlx_turboquant.cache.ragged_sequences import all_learned, batch_of_one, extracted, joined, same_kind
 from mlx_turboquant.cache.ragged_store import Length
 from mlx_turboquant.cache.two_phase import PREFILL_LOOPS
+from mlx_turboquant.ops.device_ints import advancing_ints
 from mlx_turboquant.tensor import PackedTensor, RaggedRows
 
 
@@ -105,7 +106,8 @@ class BatchTurboQuantKVCache(RaggedCompression):
     @property
     def offset(self) -> mx.array:
         """(B,) int32: the position of each sequence's next token."""
-        return mx.array(list(map(sum, zip(self._rows.tokens, self._rows.dropped, strict=True))), mx.int32)
+        positions = map(sum, zip(self._rows.tokens, self._rows.dropped, strict=True))
+        return mx.array(advancing_ints(tuple(positions)))  # of its own: a model may add to it in place
 
     # --- batching -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_turboquant.ops.device_ints import device_ints
 from mlx_turboquant.ops.keep_rows import resized
 
 
@@ -14,12 +15,12 @@ def write(array: mx.array, rows: mx.array, starts: Sequence[int], first: int = 0
         array[first : first + b, :, starts[0] : starts[0] + L] = rows
         return
     sequence = mx.arange(first, first + b)[:, None]
-    array[sequence, :, mx.array(starts)[:, None] + mx.arange(L)] = rows.swapaxes(1, 2)
+    array[sequence, :, device_ints(starts)[:, None] + mx.arange(L)] = rows.swapaxes(1, 2)
 
 
 def moved_up(array: mx.array, starts: Sequence[int], room: int) -> mx.array:
     """A new array (B, H, room, D) of each sequence's rows from its start on; what is read beyond the end is no row."""
-    rows = mx.array(starts)[:, None] + mx.arange(room)
+    rows = device_ints(starts)[:, None] + mx.arange(room)
     rows = mx.minimum(rows, array.shape[2] - 1)
     return mx.take_along_axis(array, rows[:, None, :, None], axis=2)
 
@@ -27,13 +28,13 @@ def moved_up(array: mx.array, starts: Sequence[int], room: int) -> mx.array:
 def without(array: mx.array, first: int, counts: Sequence[int]) -> mx.array:
     """A new array of the same size in which so many rows of each sequence from row `first` on are left out."""
     rows = mx.arange(array.shape[2])
-    rows = mx.where(rows < first, rows, rows + mx.array(counts)[:, None])
+    rows = mx.where(rows < first, rows, rows + device_ints(counts)[:, None])
     return mx.take_along_axis(array, mx.minimum(rows, array.shape[2] - 1)[:, None, :, None], axis=2)
 
 
 def chosen(array: mx.array, sequences: Sequence[int], room: int) -> mx.array:
     """A new array with the first `room` rows of some sequences."""
-    return mx.take(array[:, :, :room], mx.array(sequences), axis=0)
+    return mx.take(array[:, :, :room], device_ints(sequences), axis=0)
 
 
 def stacked(parts: Sequence[tuple[int, mx.array | None]], room: int) -> mx.array | None:

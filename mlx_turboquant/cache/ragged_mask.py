@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from mlx_turboquant.ops.device_ints import device_ints
+
 
 def ragged_mask(
     N: int, held: Sequence[int], dropped: Sequence[int], sinks: int, window_size: int | None = None
@@ -24,10 +26,10 @@ def ragged_mask(
     if len(set(held)) == 1 and not any(dropped):
         return create_causal_mask(N, held[0], window_size=window_size)
     columns = mx.arange(max(held) + N)
-    queries = (mx.array(held)[:, None] + mx.arange(N))[:, None, :, None]
+    queries = (device_ints(held)[:, None] + mx.arange(N))[:, None, :, None]
     mask = columns <= queries
     if window_size is None:
         return mask
-    gaps = mx.array(dropped)[:, None, None, None]
+    gaps = device_ints(dropped)[:, None, None, None]
     positions = columns + mx.where(columns < sinks, 0, gaps)
     return mask & (queries + gaps < positions + window_size)

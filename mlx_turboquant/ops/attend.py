@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_turboquant.ops.attend_calls import runner
 from mlx_turboquant.ops.attend_plan import TILE, Shape, plan_of
+from mlx_turboquant.ops.device_ints import device_ints
 from mlx_turboquant.rotation import HadamardRotation
 from mlx_turboquant.tail_parts import FEW, TailParts
 from mlx_turboquant.tensor import PackedTensor
@@ -206,11 +207,47 @@ def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits, bes
     shape = kind.shape._replace(B=B, H=H, L=L, D=D, mask=masked, causal=causal and L > 1, logits=logits)
     shape = shape._replace(beside=beside > 0)
     plan = plan_of(shape, max(n[1] for n in lengths), -(-max(n[0] + n[2] for n in lengths) // TILE))
-    sizes = (kind.packed_room, tail_room, kind.sink_room, plan.splits, plan.raw_splits)
-    strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
-    sizes = mx.array([*sizes, *strides, *(n for one in lengths for n in (*one, beside))], mx.int32)
     joins = L == 1 and not plan.tensor_cores
-    return None if beside and not joins else runner(shape, plan), sizes, joins
+    if beside and not joins:
+        return None, None, joins
+    strides = (0, 0, 0) if mask is None else _broadcast_strides(mask[1])
+    numbers = kind.packed_room, tail_room, kind.sink_room, plan.splits, plan.raw_splits, *strides
+    run = runner(shape, plan)
+    if mask is not None or L > 1:
+        return run, device_ints((*numbers, *(n for one in lengths for n in (*one, beside)))), joins
+    step = lengths[0][2] % _STEPS
+    first = tuple((sinks, packed, tail - step) for sinks, packed, tail in lengths)
+    return run, _sizes_of_steps(numbers, first, (beside - 1 - step) % FEW if beside else None)[step], joins
+
+
+_STEPS = 32  # whose `sizes` are made together; a multiple of FEW
+
+
+@lru_cache(maxsize=64)
+def _sizes_of_steps(
+    numbers: tuple[int, ...], lengths: tuple[tuple[int, int, int], ...], phase: int | None
+) -> tuple[mx.array, ...]:
+    """`sizes` of attend.metal for steps that each add a token to tails of these lengths, each (n,) int32.
+
+    So many rows are beside a tail in step s: none if phase is None, else (phase + s) % FEW + 1, as `RowBuffer.beside`
+    puts them there.
+    """
+    first = device_ints((*numbers, *(n for one in lengths for n in (*one, 0))))
+    arrays = mx.split((first + _growth(len(numbers), first.size, phase)).reshape(-1), _STEPS)
+    mx.async_eval(arrays)
+    return tuple(arrays)
+
+
+@lru_cache(maxsize=64)
+def _growth(before: int, columns: int, phase: int | None) -> mx.array:
+    """(_STEPS, columns): what is added in each step to such numbers; the fours of sequences follow so many others."""
+    steps, column = mx.arange(_STEPS)[:, None], mx.arange(columns)
+    place = mx.where(column < before, -1, (column - before) % 4)
+    out = mx.where(place == 2, steps, 0)
+    if phase is not None:
+        out = mx.where(place == 3, (steps + phase) % FEW + 1, out)
+    mx.async_eval(out)
+    return out
 
 
 def forget_calls() -> None:

@@ -21,7 +21,8 @@ MANY_REGISTERS = {"cuda", "cuda-metal"}
 _TENSOR_CORE_TOKENS = 1 << 17
 _SIMDGROUPS = 4
 # With fewer tiles than this for each simdgroup a wave that is not quite full is better (H200, 8 heads, GPU us of both
-# kernels): 8,192 tokens in 16, 32, 48, 64 splits 19.8, 14.2, 15.9, 21.1; 4,096 tokens 13.7, 11.2, 13.5, 16.3.
+# kernels): 8,192 tokens in 16, 32, 48, 64 splits 19.8, 14.2, 15.9, 21.1; 4,096 tokens 13.7, 11.2, 13.5, 16.3. Then raw
+# tiles are what is waited for: 1,024 tokens inside a model in 1 and 2 splits of raw rows 15.3, 13.0.
 _SHORT_WALK = 4
 # Up to so many tiles of packed tokens one threadgroup per KV head does everything, in one dispatch.
 _SINGLE_PASS_TILES = 32
@@ -97,6 +98,7 @@ def plan_of(shape: Shape, packed: int, raw_tiles: int) -> Plan:
     splits = min(splits, _power_of_two(tiles // (2 * _SIMDGROUPS)), MAX_SPLITS - raw_splits)
     if tiles < _SHORT_WALK * _SIMDGROUPS * splits:
         splits = _power_of_two(splits)
+        raw_splits = min(2 * raw_splits, MAX_SPLITS // 2)
     return Plan(False, splits, raw_splits, per_group, key_elements, _SIMDGROUPS, resident)
 
 

@@ -9,8 +9,9 @@ from mlx_turboquant import codebook
 from mlx_turboquant.conditioning import in_dtype
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints, reason_against, run_length, say_once
+from mlx_turboquant.ops.row_kernels import reason_against, run_length, say_once
 from mlx_turboquant.rotation import DenseRotation, HadamardRotation
 from mlx_turboquant.tensor import PackedTensor
 

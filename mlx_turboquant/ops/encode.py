@@ -9,8 +9,9 @@ import mlx.core as mx
 from mlx_turboquant.conditioning import block_centers, subtract_centers
 from mlx_turboquant.ops import lloyd_max
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints, reason_against, run_length, say_once
+from mlx_turboquant.ops.row_kernels import reason_against, run_length, say_once
 from mlx_turboquant.ops.survey import survey
 from mlx_turboquant.packing import words_per_row
 from mlx_turboquant.rotation import DenseRotation, HadamardRotation

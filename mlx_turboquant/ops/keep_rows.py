@@ -6,8 +6,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints
 
 _THREADS = 256
 _PART = 64  # rows for a threadgroup

@@ -1,7 +1,7 @@
 """What the kernels that encode and decode rows share: which rows they take, their small inputs, the warning."""
 
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 
 import mlx.core as mx
 
@@ -48,10 +48,3 @@ def run_length(D: int, group: int) -> int:
     while per > smallest and group % per:
         per //= 2
     return per if group % per == 0 else min(16, two // 2, max(smallest, 32 // (D // two)))
-
-
-# MLX hands a kernel inputs of fewer than 8 elements in another address space, so the small ones are padded to 8.
-@lru_cache(maxsize=1024)
-def ints(*numbers: int) -> mx.array:
-    """int32 numbers, at least 8 of them."""
-    return mx.array([*numbers, *[0] * (8 - len(numbers))], mx.int32)

@@ -5,8 +5,8 @@ import numpy as np
 
 from mlx_turboquant.ops import host
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints
 from mlx_turboquant.packing import PLANES, words_per_row
 
 # Elements that the plain version decodes at a time: half a MiB of float32, which stays in a core's cache until then.

@@ -8,8 +8,8 @@ import numpy as np
 
 from mlx_turboquant.conditioning import block_centers, finite_or_zero, subtract_centers
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints
 
 _THREADS = 128
 _DTYPES = (mx.float16, mx.bfloat16, mx.float32)

@@ -17,8 +17,8 @@ import numpy as np
 
 from mlx_turboquant.ops import viterbi
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import ints
 from mlx_turboquant.ops.kernel import Kernel
-from mlx_turboquant.ops.row_kernels import ints
 from mlx_turboquant.ops.trellis_values import HALF
 from mlx_turboquant.packing import words_per_row
 
