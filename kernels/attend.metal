@@ -19,12 +19,12 @@
 //   logits     (H,) float                  attention-sink logits; read by the single pass only, and if LOGITS
 //   sketch     (B, H, L, D) float32        what meets the signs: balanced queries times a projection, without the scale
 //                                          of the scores; not read unless SIGNS
-//   few_k, few_v, new_k, new_v  with TURBOQUANT_BESIDE: (B, Hkv, 8, D) T, the rows that follow those of the tail, all
+//   few_k, few_v, new_k, new_v  with TURBOQUANT_BESIDE: (B, Hkv, 16, D) T, the rows that follow those of the tail, all
 //                                          but the newest; (B, Hkv, 1, D) T, the newest. See tail_parts.py
 // Output
 //   out        two passes: (B * H * L, splits, D + 2) float32: a split's weighted sum of values, not yet divided, its
 //              largest score in units of log 2, its sum of weights; single pass: (B, H, L, D) T
-//   out_few_k, out_few_v  with TURBOQUANT_BESIDE: (B, Hkv, 8, D) T, the few rows and the newest behind them, then zeros
+//   out_few_k, out_few_v  with TURBOQUANT_BESIDE: (B, Hkv, 16, D) T, the few rows and the newest behind them, then zeros
 // Template constants
 //   T, O (dtype of out), D, HKV, G (query heads per KV head), L, BLOCK (tokens per centre), KB and VB (bits; 0 is raw),
 //   KG and VG (groups per row), SIGNS (keys have signs of their residuals, see quantizers/qjl.py: KB is 2 or 3, KG 1),
@@ -42,7 +42,7 @@
 // Scores and sums are float32. NaN and infinite raw elements count as 0. A row without any key to see gives 0.
 
 constant constexpr int TILE = 16;
-constant constexpr uint FEW = 8;  // of mlx_turboquant/tail_parts.py
+constant constexpr uint FEW = 16;  // of mlx_turboquant/tail_parts.py
 constant constexpr float LOG2E = 1.44269504088896f;
 constant constexpr float MASKED = -3e38f;  // exp2 of MASKED - NO_KEY is 0 ...
 constant constexpr float NO_KEY = -1e30f;  // ... and a largest score that is no score yet

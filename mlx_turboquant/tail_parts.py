@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-FEW = 8  # kernels/attend.metal has it too
+FEW = 16  # kernels/attend.metal has it too
 
 
 @dataclass(slots=True, eq=False)

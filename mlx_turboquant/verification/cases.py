@@ -34,7 +34,7 @@ class AttendCase:
         batch: sequences, all of the same length, or of `ragged` lengths.
         ragged: whether sequences have different lengths, one of them without blocks, one without raw rows.
         sinks, tail: raw tokens at the front and at the end.
-        beside: how many of the last lie beside their tail, see `tail_parts`; at most 8, and for one query.
+        beside: how many of the last lie beside their tail, see `tail_parts`; at most 16, and for one query.
     """
 
     key_bits: int = 4

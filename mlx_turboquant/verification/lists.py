@@ -88,7 +88,7 @@ def _beside() -> list[AttendCase]:
     both = (1, 2)
     cases = [
         *(AttendCase(D=D, dtype=dtype, passes=p, beside=3) for D, dtype, p in product(HEAD_SIZES, DTYPES, both)),
-        *(AttendCase(G=G, passes=p, beside=n) for (G, n), p in product(((1, 1), (7, 2), (8, 8)), both)),
+        *(AttendCase(G=G, passes=p, beside=n) for (G, n), p in product(((1, 1), (7, 2), (8, 16)), both)),
         *(AttendCase(k, v, batch=2, passes=p, beside=5) for (k, v), p in product(((0, 4), (3, 2), (8, 0)), both)),
         AttendCase(3, signs=True, beside=4),
     ]
