@@ -1,4 +1,4 @@
-"""Integers that a GPU reads: right, made once, and never in an array for which MLX's CUDA backend would have to wait."""
+"""Integers that a GPU reads: right, made once, and never in an array that MLX's CUDA backend would have to wait for."""
 
 import threading
 from unittest import mock
