@@ -9,7 +9,8 @@ from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
 from mlx_turboquant.ops.row_kernels import say_once
 from mlx_turboquant.plain_attention import PIECE_TOKENS, attend_pieces, four_axes
-from mlx_turboquant.tensor import CompressedRows, RaggedRows, SplitRows, settle
+from mlx_turboquant.settling import settle
+from mlx_turboquant.tensor import CompressedRows, RaggedRows, SplitRows
 
 # Up to so many queries (decoding, verifying a draft) read the packed rows piece by piece. More (the next turn's
 # prompt) are served by decoding one layer into a buffer that is dropped after use, where mlx's fast kernel wins.

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_turboquant"
 # Each room may import from its own row and the rows above it.
 ROOMS = [
     {"files", "methods", "scheme", "scheme_file", "codebook", "rotation", "packing", "tail_parts"}
-    | {"tensor", "kernel_source"},
+    | {"tensor", "kernel_source", "settling"},
     {"ops", "conditioning"},
     {"quantizers", "vectors", "index"},
     {"plain_attention"},

@@ -10,7 +10,7 @@ from conftest import LET_GO_BY_OTHERS, decode, kld, memory_in_use, tiny_llama, t
 from mlx_lm.models.cache import make_prompt_cache as raw_prompt_cache
 from schemes import SCHEMES
 
-from mlx_turboquant import KVScheme, TurboQuantKVCache, make_prompt_cache, tensor
+from mlx_turboquant import KVScheme, TurboQuantKVCache, make_prompt_cache, settling
 from mlx_turboquant.tensor import CompressedRows
 
 
@@ -302,13 +302,39 @@ def test_schemes_are_kept_by_the_cache():
 
 def test_layers_encoded_in_kernels_are_started_together_up_to_a_part_of_the_memory(monkeypatch):
     started, array = [], mx.zeros(8)
-    monkeypatch.setattr(tensor.mx, "async_eval", lambda *arrays: started.append(len(arrays)))
-    monkeypatch.setattr(tensor.mx, "get_memory_limit", lambda: 256 * 100 * 2**20)
-    monkeypatch.setattr(tensor, "_started", threading.local())
+    monkeypatch.setattr(settling.mx, "async_eval", lambda *arrays: started.append(len(arrays)))
+    monkeypatch.setattr(settling.mx, "get_memory_limit", lambda: 256 * 100 * 2**20)
+    monkeypatch.setattr(settling, "_started", threading.local())
     for _ in range(7):
-        tensor.start_settling(40 * 2**20, lambda: [array], lean=True)
+        settling.start_settling(40 * 2**20, lambda: [array], lean=True)
     assert started == [1, 1]  # after 120 MiB, twice
     for _ in range(3):
-        tensor.start_settling(40 * 2**20, lambda: [array])  # plain operations: each layer
-    tensor.start_settling(4 * 2**20, lambda: [array])
+        settling.start_settling(40 * 2**20, lambda: [array])  # plain operations: each layer
+    settling.start_settling(4 * 2**20, lambda: [array])
     assert started == [1] * 5
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_layers_of_a_chunk_are_started_as_they_are_read(batched, monkeypatch):
+    cache, started = TurboQuantKVCache("turbo4"), []
+    if batched:
+        cache = cache.merge([cache, TurboQuantKVCache("turbo4")])
+    monkeypatch.setattr(settling.mx, "async_eval", started.append)
+    sequences = 1 + batched
+    for n, count in ((settling.CHUNK, 1), (settling.CHUNK - 1, 1), (3 * settling.CHUNK, 2)):
+        cache.update_and_fetch(*(mx.ones((sequences, 1, n, 64), mx.float16) for _ in range(2)))
+        assert len(started) == count
+        cache.state  # noqa: B018  (a chunk has ended)
+    assert started[-1].shape == (sequences, 1, 768, 64)  # keys with their room
+
+
+def test_a_chunk_may_be_read_inside_a_transformation():
+    """There nothing can be started."""
+
+    @mx.compile
+    def read(keys):
+        cache = TurboQuantKVCache("turbo4")
+        return cache.update_and_fetch(keys, keys)[0]
+
+    keys = mx.random.normal((1, 1, 2 * settling.CHUNK, 64)).astype(mx.float16)
+    assert mx.array_equal(read(keys), keys)

@@ -18,11 +18,8 @@ from mlx_turboquant.cache.nonfinite import NonfiniteReport
 from mlx_turboquant.cache.plain_steps import PlainSteps
 from mlx_turboquant.cache.query_moments import QueryMoments
 from mlx_turboquant.scheme import KVScheme
+from mlx_turboquant.settling import start_layer
 from mlx_turboquant.tensor import CompressedRows
-
-# A GPU reads the first layers of a chunk of so many tokens while Python builds the graph of the others, and the first
-# token is shown so much earlier.
-_CHUNK = 128
 
 
 class HeldTokens:
@@ -137,8 +134,7 @@ class HeldTokens:
     def _append_to_tail(self, keys: mx.array, values: mx.array) -> None:
         for rows, new in zip(self._tail, (keys, values), strict=True):
             rows.append(new, -(-(rows.length + new.shape[2]) // 256) * 256)
-        if keys.shape[2] >= _CHUNK:
-            mx.async_eval(self._tail[0].array)
+        start_layer(self._tail[0].array, keys.shape[2])
 
     def _learned(self) -> list[mx.array]:
         """What the quantizers learned from the prompt."""

@@ -20,6 +20,7 @@ from mlx_turboquant.cache.ragged_sequences import all_learned, batch_of_one, ext
 from mlx_turboquant.cache.ragged_store import Length
 from mlx_turboquant.cache.two_phase import PREFILL_LOOPS
 from mlx_turboquant.ops.device_ints import advancing_ints
+from mlx_turboquant.settling import start_layer
 from mlx_turboquant.tensor import PackedTensor, RaggedRows
 
 
@@ -61,6 +62,7 @@ class BatchTurboQuantKVCache(RaggedCompression):
         self._decoding = L == 1
         self._chunk_ended = self._trimmed = False
         self._rows.append(keys, values)
+        start_layer(self._rows.tail[0], L)
         self._valid = [L] * keys.shape[0]
         if self._ahead is not None:
             self._valid = [min(max(n, 0), L) for n in self._ahead]

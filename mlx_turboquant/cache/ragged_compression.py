@@ -14,7 +14,7 @@ from mlx_turboquant.cache.ragged_store import RaggedStore
 from mlx_turboquant.cache.schedule import due
 from mlx_turboquant.quantizers import RawRows, make_quantizers
 from mlx_turboquant.scheme import KVScheme
-from mlx_turboquant.tensor import start_settling
+from mlx_turboquant.settling import start_settling
 
 
 class RaggedCompression:

@@ -19,7 +19,7 @@ from mlx_turboquant.cache.held import HeldTokens
 from mlx_turboquant.cache.schedule import due
 from mlx_turboquant.quantizers import make_quantizers
 from mlx_turboquant.scheme import KVScheme
-from mlx_turboquant.tensor import start_settling
+from mlx_turboquant.settling import start_settling
 
 # mlx-lm's prefill loops evaluate `[c.state for c in prompt_cache]` after each chunk of a prompt and never while
 # decoding. That tells a chunk of one token from a decode step, whatever the chunk size.
