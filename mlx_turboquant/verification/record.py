@@ -30,7 +30,7 @@ _BOTH = "with lookups by exchange and with those of Macs"
 RECORD = (
     Verified("attend", _TESTS, f"H200, 2026-11-23, {_BOTH}", _NO_MAC),
     Verified("attend_merge", _TESTS, "H200, 2026-11-23", _NO_MAC),
-    Verified("attend_mma", "cannot: CUDA only", "H200, 2026-11-22", "cannot: CUDA only"),
+    Verified("attend_mma", "cannot: CUDA only", "H200, 2026-11-23", "cannot: CUDA only"),
     Verified("encode", _TESTS, f"H200, 2026-11-22, {_BOTH}", _NO_MAC),
     Verified("dequantize", _TESTS, "H200, 2026-11-22", _NO_MAC),
     Verified("survey", _TESTS, "H200, 2026-11-22", _NO_MAC),
