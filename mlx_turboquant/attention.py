@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_turboquant.ops import attend as kernel
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import device_ints
 from mlx_turboquant.ops.row_kernels import say_once
 from mlx_turboquant.plain_attention import PIECE_TOKENS, attend_pieces, four_axes
 from mlx_turboquant.settling import settle
@@ -103,11 +104,11 @@ def _attend_ragged(queries, keys: RaggedRows, values: RaggedRows, scale, mask, s
 @lru_cache(maxsize=16)  # all layers of a step share it
 def _within_lengths(tokens: tuple[int, ...], L: int, causal: bool) -> mx.array:
     """(B, 1, L, T) boolean: whether query l of L may see a token of its sequence, which has so many."""
-    ends = mx.array(tokens)[:, None, None, None]
+    ends = device_ints(tokens)[:, None, None, None]
     if causal:
         ends = ends + mx.arange(1 - L, 1)[:, None]
     mask = mx.arange(max(tokens)) < ends
-    mx.eval(mask)  # kept beyond this call, so it must not belong to a graph that is being traced
+    mx.async_eval(mask)  # kept beyond this call, so it must not belong to a graph that is being traced
     return mask
 
 

@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_turboquant import attention
 from mlx_turboquant.cache import TurboQuantKVCache
+from mlx_turboquant.cache.query_moments import _sums_over
 from mlx_turboquant.ops import attend as ops
 from mlx_turboquant.ops import device_ints as module
 from mlx_turboquant.ops.attend_plan import Shape
@@ -53,6 +55,25 @@ def test_no_array_is_larger_than_the_pool_takes(written):
     device_ints(range(100))
     ints(1, 2, 3)
     advancing_ints((5, 9, 11))
+    assert written and max(written) <= SMALL
+
+
+def test_a_batch_of_unequal_lengths_writes_none_either(written):
+    """Masks of raw steps, what is learned from padded prompts, sequences that leave."""
+    cache = TurboQuantKVCache("turbo4").merge([TurboQuantKVCache("turbo4") for _ in range(4)])
+    cache.prepare(lengths=[90, 80, 70, 60], right_padding=[0, 10, 20, 30])
+    keys = mx.random.normal((4, 1, 90, 64), key=mx.random.key(0)).astype(mx.float16)
+    rows = cache.update_and_fetch(keys, keys)
+    attention._within_lengths.cache_clear()
+    written.clear()  # the tables of the quantizers
+    sums = _sums_over(keys, 1, "squares", [90, 80, 70, 60])
+    mask = attention._within_lengths((90, 80, 70, 60), 1, causal=False)
+    cache.finalize()
+    cache.filter([3, 0, 2])
+    assert cache.offset.tolist() == [60, 90, 70] and rows[0].shape[2] == 90
+    assert mask.sum(axis=(1, 2, 3)).tolist() == [90, 80, 70, 60]
+    wanted = [np.square(np.array(keys[b, 0, :n], np.float64)).sum(axis=0) for b, n in enumerate((90, 80, 70, 60))]
+    assert np.allclose(np.array(sums)[:, 0], wanted, rtol=1e-5)
     assert written and max(written) <= SMALL
 
 

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_turboquant.attention import MAX_DIRECT_QUERIES
 from mlx_turboquant.ops.backend import choose_backend
+from mlx_turboquant.ops.device_ints import device_ints
 from mlx_turboquant.ops.survey import survey
 
 _BLOCK = 64  # queries that one threadgroup sums
@@ -82,7 +83,7 @@ def _sums_over(queries: mx.array, heads: int, wanted: str, counts: Sequence[int]
         return survey(queries, 0, L, block=_BLOCK, squares=True, heads=heads).squares
     rows = queries.astype(mx.float32).reshape(B, heads, H // heads, L, D)
     if not whole:
-        counted = mx.arange(L) < mx.array(counts)[:, None]
+        counted = mx.arange(L) < device_ints(counts)[:, None]
         rows = mx.where(counted[:, None, None, :, None], rows, 0.0)
     if wanted == "moments":
         rows = rows.reshape(B, heads, -1, D)

@@ -19,7 +19,7 @@ from mlx_turboquant.cache.ragged_mask import ragged_mask
 from mlx_turboquant.cache.ragged_sequences import all_learned, batch_of_one, extracted, joined, same_kind
 from mlx_turboquant.cache.ragged_store import Length
 from mlx_turboquant.cache.two_phase import PREFILL_LOOPS
-from mlx_turboquant.ops.device_ints import advancing_ints
+from mlx_turboquant.ops.device_ints import advancing_ints, device_ints
 from mlx_turboquant.settling import start_layer
 from mlx_turboquant.tensor import PackedTensor, RaggedRows
 
@@ -150,9 +150,9 @@ class BatchTurboQuantKVCache(RaggedCompression):
                 setattr(self, name, [getattr(self, name)[i] for i in keep])
         self._queries.forget_newest()
         if self._queries.sums is not None:
-            self._queries.sums = self._queries.sums[mx.array(keep)]
+            self._queries.sums = self._queries.sums[device_ints(keep)]
         if self._learned():
-            chosen = mx.array(keep)
+            chosen = device_ints(keep)
             self._set_learned([side.learned and [a[chosen] for a in side.learned] for side in self._quantizers])
         self._rows.take(keep)
 

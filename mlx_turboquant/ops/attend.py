@@ -214,10 +214,15 @@ def _prepare(kind: _Kind, queries, tail_room, lengths, mask, causal, logits, bes
     numbers = kind.packed_room, tail_room, kind.sink_room, plan.splits, plan.raw_splits, *strides
     run = runner(shape, plan)
     if mask is not None or L > 1:
-        return run, device_ints((*numbers, *(n for one in lengths for n in (*one, beside)))), joins
+        return run, device_ints(_sizes(numbers, lengths, beside)), joins
     step = lengths[0][2] % _STEPS
     first = tuple((sinks, packed, tail - step) for sinks, packed, tail in lengths)
     return run, _sizes_of_steps(numbers, first, (beside - 1 - step) % FEW if beside else None)[step], joins
+
+
+def _sizes(numbers: tuple[int, ...], lengths: tuple[tuple[int, int, int], ...], beside: int) -> tuple[int, ...]:
+    """`sizes` of attend.metal: numbers of the whole call, then four of each sequence."""
+    return (*numbers, *(n for one in lengths for n in (*one, beside)))
 
 
 _STEPS = 32  # whose `sizes` are made together; a multiple of FEW
@@ -232,7 +237,7 @@ def _sizes_of_steps(
     So many rows are beside a tail in step s: none if phase is None, else (phase + s) % FEW + 1, as `RowBuffer.beside`
     puts them there.
     """
-    first = device_ints((*numbers, *(n for one in lengths for n in (*one, 0))))
+    first = device_ints(_sizes(numbers, lengths, 0))
     arrays = mx.split((first + _growth(len(numbers), first.size, phase)).reshape(-1), _STEPS)
     mx.async_eval(arrays)
     return tuple(arrays)
