@@ -1,5 +1,7 @@
 """Attention in plain MLX: the same on either kind of device, in memory that does not grow with the cache."""
 
+import statistics
+
 import mlx.core as mx
 import pytest
 from conftest import memory_in_use
@@ -51,10 +53,10 @@ def test_memory_of_a_step_does_not_grow_with_the_cache(L):
         queries, packed, _ = case(T=T, D=128, heads=4, kv_heads=1, L=L)
         mx.eval(queries, [(rows.sinks, rows.stored.map(lambda a: a), rows.tail) for rows in packed])
         held, seen = memory_in_use(), []
-        for _ in range(4):  # which pieces are under way at once depends on MLX's threads
+        for _ in range(9):  # which pieces are under way at once depends on MLX's threads: now and then few
             mx.reset_peak_memory()
             mx.eval(attend(queries, *packed, 0.1, "causal", backend="reference"))
             seen.append(mx.get_peak_memory() - held)
-        peaks.append(min(seen))
+        peaks.append(statistics.median(seen))
     assert peaks[0] < 10 * plain_attention.CPU_PIECE_BYTES
     assert peaks[1] - peaks[0] < 24 * (32768 - 8192) + plain_attention.CPU_PIECE_BYTES
